@@ -1,0 +1,335 @@
+"""The judge: train it on an unreliable model's samples; ask it which of two completions is better.
+
+    python compare.py train --model google/gemma-2b --task gsm8k --data checkpoint-*.jsonl --out judge
+    python compare.py score --judge judge --task gsm8k --a labels.jsonl --b proposals.jsonl --out comparisons.jsonl
+    python compare.py score --judge judge --task gsm8k --a samples.jsonl --out pairs.jsonl   # samples 0-1, 2-3, ... of a prompt
+
+Training pairs come from what the checkpoints of the weak model (--data, earliest first) answered to problems whose
+references are known. A copy of the weak model with a 2-way head reads prompt, A and B, in both orders, and says "keep A"
+or "change to B". Problems are cut in three: 80% train, 10% decide when to stop, 10% measure the accuracy that is reported.
+
+A score asks twice: prob_b = (P(change | A, B) + 1 - P(change | B, A)) / 2, so a judge that sees only the position says 0.5.
+
+Unlike the paper's release: the two orders really differ in every use, the stopping problems are not the reported ones, no
+problem is on both sides of a cut, pairs are packed and not judged one at a time, and nothing is pickled.
+"""
+import json
+import math
+from pathlib import Path
+
+from sft import (Training, add_training_flags, apply_gradients, cosine_lr, encode_completion, encode_prompt, hidden_states,
+                 make_optimizers, open_model, open_tokenizer, pack, pick_device)
+from tasks import (BatchLog, InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage, write_json,
+                   write_jsonl)
+
+
+# ---------------------------------------------------------------- what the judge reads
+def encode_pair(tokenizer, prompt, a, b):
+    """Token ids of one question to the judge: BOS + prompt, A + EOS, B + EOS. The head reads the last one."""
+    return encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, a) + encode_completion(tokenizer, b)
+
+
+def judge_logits(model, batch):
+    """(owner (N,), fp32 logits (N, 2) of [keep A, change to B]) of the N packed sequences, read at each one's last token.
+    Packing needs no padding token, so a text that ends in EOS is read to its end."""
+    import torch
+    owner = batch["owner"]
+    following = torch.cat([owner[:, 1:], torch.full_like(owner[:, :1], -1)], 1)
+    last = (owner >= 0) & (owner != following)
+    logits = model.score(hidden_states(model, batch)[last]).float()
+    assert logits.shape == (int(last.sum()), 2)
+    return owner[last], logits
+
+
+def probabilities(model, sequences, args, device):
+    """P(change to B) of each sequence, as a list of floats."""
+    import torch
+    probs = torch.zeros(len(sequences))
+    with torch.inference_mode():
+        for batch in pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens, args.micro_tokens, device):
+            owner, logits = judge_logits(model, batch)
+            probs[owner.cpu()] = logits.softmax(-1)[:, 1].cpu()
+    return probs.tolist()
+
+
+def average_orders(prob_b_ab, prob_b_ba):
+    """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2): position bias cancels."""
+    return (prob_b_ab + 1 - prob_b_ba) / 2
+
+
+# ---------------------------------------------------------------- train
+def make_pairs(task, samples, seed):
+    """Training pairs (better, worse) of each problem, the rule of the release's generate_evaluator_data.py.
+
+    samples: one list of records per checkpoint, earliest first. Checkpoint i of n is drawn with weight 2^(n-i-1), early
+    ones being the most varied. Reference over a correct sample; a correct sample or the reference (weight 1, as a last
+    checkpoint) over an incorrect one; where no sample is correct, reference over an incorrect one.
+    Returns a list of {id, prompt, better, worse}; pairs of equal texts teach nothing and are left out.
+    """
+    import random
+    problems = {}
+    for records in samples:
+        for r in records:
+            problems.setdefault(r["id"], []).append(r)
+    pairs = []
+    for id_, answers in problems.items():
+        rng = random.Random(dumps([seed, "pairs", id_]))
+
+        def draw(texts):
+            return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
+        gold = answers[0]["gold_completion"]
+        right = [r["completion"] for r in answers if task.grade(r) == 1]
+        wrong = [r["completion"] for r in answers if task.grade(r) != 1]
+        drawn = []
+        if right:
+            drawn.append((gold, draw(right)))
+        if wrong:
+            drawn.append((draw(right + [gold]) if right else gold, draw(wrong)))
+        pairs += [{"id": id_, "prompt": answers[0]["prompt"], "better": better, "worse": worse}
+                  for better, worse in drawn if better != worse]
+    return pairs
+
+
+def three_splits(pairs, seed):
+    """(train 80%, stop 10%, test 10%) of the pairs, cut by problem."""
+    import random
+    ids = sorted({p["id"] for p in pairs})
+    random.Random(dumps([seed, "splits"])).shuffle(ids)
+    a, b = len(ids) * 8 // 10, len(ids) * 9 // 10
+    groups = set(ids[:a]), set(ids[a:b]), set(ids[b:])
+    return [[p for p in pairs if p["id"] in group] for group in groups]
+
+
+def both_orders(tokenizer, pairs):
+    """[(token ids, class)] with class 1 = change to B, each pair in both orders."""
+    return [x for p in pairs for x in ((encode_pair(tokenizer, p["prompt"], p["better"], p["worse"]), 0),
+                                       (encode_pair(tokenizer, p["prompt"], p["worse"], p["better"]), 1))]
+
+
+def held_out(model, examples, args, device):
+    """(mean cross-entropy, accuracy after averaging both orders, rate of answers that flip with the order)"""
+    model.eval()
+    probs = probabilities(model, [ids for ids, _ in examples], args, device)
+    model.train()
+    loss = -sum(math.log(max(p if c else 1 - p, 1e-12)) for p, (_, c) in zip(probs, examples)) / len(examples)
+    keep, change = probs[0::2], probs[1::2]     # (better, worse) and (worse, better)
+    right = [average_orders(ab, ba) for ab, ba in zip(change, keep)]
+    accuracy = sum((p > 0.5) + 0.5 * (p == 0.5) for p in right) / len(right)
+    return loss, accuracy, sum((ab > 0.5) == (ba > 0.5) for ab, ba in zip(change, keep)) / len(right)
+
+
+def train(args):
+    task = get_task(args.task)
+    folder = partial_path(args.out, vars(args), [args.model, args.gold, *args.data])
+    gold = {r["id"]: r["completion"] for r in read_jsonl(args.gold, ("id", "completion", "reference"))}
+    samples = []
+    for path in args.data:
+        samples.append(read_jsonl(path, ("id", "prompt", "completion", "reference"), ("id", "sample")))
+        for r in samples[-1]:
+            if r["id"] not in gold:
+                raise InputError(f"{path}: id {r['id']} is not in {args.gold}")
+            r["gold_completion"] = gold[r["id"]]
+    splits = three_splits(make_pairs(task, samples, args.seed), args.seed)
+    if not all(splits):
+        raise InputError(f"{args.gold}: {len(gold)} problems are too few for three splits of training pairs")
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(args.model)
+    model = open_model(args.model, device, "AutoModelForSequenceClassification", num_labels=2)
+    model.config.id2label, model.config.label2id = {0: "keep A", 1: "change to B"}, {"keep A": 0, "change to B": 1}
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    torch.nn.init.zeros_(model.score.weight)     # starts at probability 0.5, whatever the width
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    examples, stopping, reported = [both_orders(tokenizer, s) for s in splits]
+    optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    training = Training(folder, model, optimizers, args.state_every)
+    best, history = training.state.get("best", math.inf), training.state.get("history", [])
+    steps_per_epoch = math.ceil(len(examples) / args.batch_size)
+    total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
+
+    bar = tqdm(total=total, initial=done, desc=f"judge {Path(args.out).name}", unit="step", mininterval=1)
+    for epoch in range(done // steps_per_epoch, args.epochs):
+        if len(history) > 1 and history[-1] > history[-2]:
+            break
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
+        for k in range(done % steps_per_epoch, steps_per_epoch):
+            batch = [examples[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
+            classes = torch.tensor([c for _, c in batch], device=device)
+            loss = 0.0
+            for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device):
+                owner, logits = judge_logits(model, micro)
+                # ABLATION: the judge's loss
+                micro_loss = torch.nn.functional.cross_entropy(logits, classes[owner], reduction="sum") / len(batch)
+                micro_loss.backward()
+                loss += micro_loss.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr")
+            lr = args.lr * cosine_lr(done, total, args.warmup)
+            norm = apply_gradients(model, optimizers, lr)
+            done += 1
+            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+            if done % steps_per_epoch:
+                training.save_state(done, best=best, history=history)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+        stop_loss, stop_accuracy, _ = held_out(model, stopping, args, device)
+        history = history + [stop_loss]
+        training.log(step=done, epoch=epoch, stop_loss=stop_loss, stop_accuracy=stop_accuracy)
+        if stop_loss < best:
+            best = stop_loss
+            model.save_pretrained(folder)
+        training.save_state(done, always=True, best=best, history=history)
+    bar.close()
+    model = open_model(folder, device, "AutoModelForSequenceClassification")
+    _, accuracy, flips = held_out(model, reported, args, device)
+    tokenizer.save_pretrained(folder)
+    write_json(folder / "judge.json", {
+        "held_out_accuracy": accuracy, "held_out_pairs": len(reported) // 2, "held_out_flip_rate": flips,
+        "train_pairs": len(examples) // 2, "epochs": len(history), "stop_losses": history})
+    training.finish(args.out)
+    print(f"{args.out}: accuracy {accuracy:.1%} on {len(reported) // 2} held-out pairs, {flips:.1%} of them flip with the "
+          f"order; {len(examples) // 2} training pairs, {len(history)} of {args.epochs} epochs")
+
+
+# ---------------------------------------------------------------- score
+def make_comparisons(args, task):
+    """One comparison per id of --a and --b, or per two consecutive samples of a prompt in --a."""
+    rows = []
+    if args.b:
+        proposals = {}
+        for path in args.b:
+            for r in read_jsonl(path, ("id", "completion")):
+                if r["id"] in proposals:
+                    raise InputError(f"{path}: id {r['id']} stands already in another file of --b")
+                proposals[r["id"]] = r
+        for a in read_jsonl(args.a, ("id", "prompt", "completion")):
+            if a["id"] not in proposals:
+                raise InputError(f"{' '.join(args.b)}: id {a['id']} of {args.a} is missing")
+            b = proposals.pop(a["id"])
+            rows.append(({"id": a["id"]}, a, b, task.agree(a, b)))
+        if proposals:
+            raise InputError(f"{' '.join(args.b)}: id {next(iter(proposals))} is not in {args.a}")
+        return rows
+    samples = {}
+    for r in read_jsonl(args.a, ("id", "prompt", "completion", "sample"), ("id", "sample")):
+        samples.setdefault(r["id"], []).append(r)
+    for id_, answers in samples.items():
+        answers.sort(key=lambda r: r["sample"])
+        if len(answers) % 2:
+            raise InputError(f"{args.a}: id {id_} has {len(answers)} samples; pairs need an even number")
+        for pair, (a, b) in enumerate(zip(answers[0::2], answers[1::2])):
+            rows.append(({"id": id_, "pair": pair}, a, b, a["completion"] == b["completion"]))
+    return rows
+
+
+def score(args):
+    task = get_task(args.task)
+    folder = partial_path(args.out, vars(args), [args.a, *(args.b or []), args.judge])
+    rows = make_comparisons(args, task)
+    asked = [i for i, row in enumerate(rows) if not row[3]]
+    if args.judge == "oracle":
+        results = {}
+        for i in asked:
+            _, a, b, _ = rows[i]
+            a, b = task.grade(a), task.grade(b)
+            p = 0.5 if a == b else float(b > a)
+            results[i] = (p, 1 - p)
+    else:
+        results = ask_model(args, rows, asked, folder)
+
+    comparisons = []
+    for i, (key, a, b, agree) in enumerate(rows):
+        ab, ba = results.get(i, (None, None))
+        comparisons.append({**key, "prompt": a["prompt"], "completion_a": a["completion"], "completion_b": b["completion"],
+                            **({"reference": a["reference"]} if "reference" in a else {}),
+                            "agree": agree, "prob_b_ab": ab, "prob_b_ba": ba,
+                            "prob_b": None if agree else average_orders(ab, ba)})
+    result = measure(task, comparisons)
+    write_json(f"{args.out}.summary", result)
+    write_jsonl(args.out, comparisons)
+    folder.unlink(missing_ok=True)
+    print(f"{args.out}: {result['pairs']} pairs, {result['asked']} asked, {result['flip_rate']:.1%} flip with the order, position "
+          f"bias {result['position_bias']:.3f}" + (f", accuracy {result['accuracy']:.1%} on the {result['decisive']} with one right "
+                                                   "side" if result.get("decisive") else ""))
+
+
+def ask_model(args, rows, asked, folder):
+    """{row: (prob_b_ab, prob_b_ba)} from a judge folder, batched by length."""
+    from tqdm import tqdm
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(args.judge)
+    model = open_model(args.judge, device, "AutoModelForSequenceClassification").eval()
+    if model.config.num_labels != 2 or not (Path(args.judge) / "judge.json").exists():
+        raise InputError(f"--judge {args.judge}: not a folder that `compare.py train` wrote")
+    sequences = {}
+    for i in asked:
+        _, a, b, _ = rows[i]
+        sequences[i] = [encode_pair(tokenizer, a["prompt"], x["completion"], y["completion"]) for x, y in ((a, b), (b, a))]
+    asked = sorted(asked, key=lambda i: (-len(sequences[i][0]), i))
+    batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
+    log = BatchLog(folder, [len(b) for b in batches])
+    with tqdm(total=len(asked), initial=len(log.results), desc=f"score {Path(args.out).name}", unit="pair", mininterval=1) as bar:
+        for batch in batches[log.batches_done:]:
+            probs = probabilities(model, [ids for i in batch for ids in sequences[i]], args, device)
+            log.append([[i, ab, ba] for i, ab, ba in zip(batch, probs[0::2], probs[1::2])])
+            bar.update(len(batch))
+    return {i: (ab, ba) for i, ab, ba in log.results}
+
+
+def measure(task, comparisons):
+    """What a file of comparisons says of its judge; accuracy only where references exist, and only for this summary.
+
+    flip_rate: share of asked pairs whose answer changes with the order. position_bias: mean of
+    |P(change | ab) - (1 - P(change | ba))| / 2, the part of a probability that the order alone decides.
+    accuracy: over the `decisive` pairs, of which exactly one side is right, how often the judge prefers it (0.5: half).
+    """
+    asked = [c for c in comparisons if not c["agree"]]
+    result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": 0.0, "position_bias": 0.0}
+    if asked:
+        result["flip_rate"] = sum((c["prob_b_ab"] > 0.5) == (c["prob_b_ba"] > 0.5) for c in asked) / len(asked)
+        result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
+    if asked and all("reference" in c for c in asked):
+        graded = [(c["prob_b"], *(task.grade({**c, "completion": c[k]}) for k in ("completion_a", "completion_b"))) for c in asked]
+        decisive = [0.5 if p == 0.5 else float((p > 0.5) == (b > a)) for p, a, b in graded if a != b]
+        result.update(decisive=len(decisive), accuracy=sum(decisive) / len(decisive) if decisive else None)
+    return result
+
+
+def main(args):
+    (train if args.command == "train" else score)(args)
+
+
+def parser():
+    p = make_parser(__doc__, prog="compare.py")
+    commands = p.add_subparsers(dest="command", required=True)
+    t = commands.add_parser("train", help="samples of the weak model's checkpoints -> judge", description=__doc__,
+                            formatter_class=p.formatter_class)
+    t.add_argument("--model", required=True, help="folder or hub name of the weak base model")
+    t.add_argument("--task", required=True)
+    t.add_argument("--data", required=True, nargs="+", help="samples, a file per checkpoint, earliest first")
+    t.add_argument("--gold", required=True, help="the same problems with their demonstrations")
+    t.add_argument("--out", required=True, help="folder to write")
+    add_training_flags(t, lr=1e-6, batch_size=16, epochs=5)
+    s = commands.add_parser("score", help="two completions of each problem -> comparisons", description=__doc__,
+                            formatter_class=p.formatter_class)
+    s.add_argument("--judge", required=True, help="folder of a trained judge, or oracle")
+    s.add_argument("--task", required=True)
+    s.add_argument("--a", required=True, help="records: the present completions (or samples)")
+    s.add_argument("--b", nargs="+", help="records: the proposed completions; left out, --a's samples are paired two by two")
+    s.add_argument("--out", required=True, help="file to write")
+    s.add_argument("--batch-size", type=int, default=256, help="pairs appended together")
+    s.add_argument("--row-tokens", type=int, default=2048, help="tokens per packed row")
+    s.add_argument("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
+    s.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

@@ -1,0 +1,165 @@
+"""Direct preference optimization: preference pairs -> a finetuned causal language model.
+
+    python dpo.py --model runs/sft --data preferences.jsonl --out runs/dpo_1
+    python dpo.py --model runs/dpo_1 --reference runs/sft --data preferences.jsonl --out runs/dpo_2   # keeps the first reference
+
+The reference is the policy as it starts (or --reference). Its log-probabilities are computed once, before training, so
+there is never a second model in memory. Chosen and rejected share one packed forward pass. Metrics carry TRL's names.
+Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again, it continues and ends the same.
+
+Unlike the paper's release: a loop of its own instead of TRL's trainer, and pairs whose two judge prompts really differ.
+"""
+import math
+from pathlib import Path
+
+from sft import (Training, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
+                 encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device)
+from tasks import BatchLog, InputError, make_parser, partial_path, read_jsonl, run_stage
+
+
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
+    """The sigmoid loss of DPO (Rafailov et al. 2023, arXiv 2305.18290, equation 7).
+
+    loss = -log sigmoid(beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)))
+
+    All four: fp32 (B,), log-probabilities of whole completions in nats, summed over tokens, EOS included.
+    Returns (losses (B,), chosen_rewards (B,), rejected_rewards (B,)); rewards are beta * log ratio, without gradient.
+    """
+    import torch.nn.functional as F
+    chosen, rejected = policy_chosen_logps - reference_chosen_logps, policy_rejected_logps - reference_rejected_logps
+    # ABLATION: the preference loss
+    losses = -F.logsigmoid(beta * (chosen - rejected))
+    return losses, beta * chosen.detach(), beta * rejected.detach()
+
+
+def sequence_logps(model, batch, count):
+    """(count,) fp32: summed log-probability of the completion of each packed sequence; 0 for those not in this batch."""
+    import torch
+    logps, _, owner = completion_logps(model, batch)
+    return torch.zeros(count, device=logps.device).index_add(0, owner, logps)
+
+
+def pair_batches(pairs, args, device):
+    """Pack pairs (chosen sequence, rejected sequence) so that a pair never straddles two micro-batches.
+
+    Yields (indices into pairs, micro-batch) whose sequences are chosen 0..n-1, then rejected n..2n-1.
+    """
+    start = 0
+    while start < len(pairs):
+        end, tokens = start, 0
+        while end < len(pairs) and (end == start or tokens + sum(len(s[0]) for s in pairs[end]) <= args.micro_tokens):
+            tokens += sum(len(s[0]) for s in pairs[end])
+            end += 1
+        sequences = [p[0] for p in pairs[start:end]] + [p[1] for p in pairs[start:end]]
+        # one forward pass whatever the packing: rows that do not fill up may exceed the budget by their padding
+        batch, = pack(sequences, min(args.row_tokens, args.micro_tokens), math.inf, device)
+        yield range(start, end), batch
+        start = end
+
+
+def reference_logps(model, pairs, args, device, path):
+    """(N, 2) fp32 log-probabilities of chosen and rejected under the reference, appended to `path` as they come."""
+    import torch
+    from tqdm import tqdm
+    size = 64
+    log = BatchLog(path, [1] * math.ceil(len(pairs) / size))
+    bar = tqdm(total=len(log.results) or math.ceil(len(pairs) / size), desc="reference", unit="batch", mininterval=1, leave=False)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(log.batches_done * size, len(pairs), size):
+            block = []
+            for indices, batch in pair_batches(pairs[start:start + size], args, device):
+                logps = sequence_logps(model, batch, 2 * len(indices)).tolist()
+                block += zip(logps[:len(indices)], logps[len(indices):])
+            log.append([block])
+            bar.update()
+    bar.close()
+    model.train()
+    return torch.tensor([pair for block in log.results for pair in block])
+
+
+def main(args):
+    folder = partial_path(args.out, vars(args), [p for p in (args.data, args.model, args.reference) if p])
+    records = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(args.model)
+    pairs = []
+    for r in records:
+        prompt = encode_prompt(tokenizer, r["prompt"])
+        sides = [encode_completion(tokenizer, r[k]) for k in ("chosen", "rejected")]
+        if len(prompt) + max(map(len, sides)) <= args.max_length:
+            pairs.append([(prompt + side, [0.0] * len(prompt) + [1.0] * len(side)) for side in sides])
+    if len(pairs) < len(records):
+        print(f"{len(records) - len(pairs)} of {len(records)} pairs are longer than --max-length {args.max_length} and left out")
+    if not pairs:
+        raise InputError(f"{args.data}: no pair fits --max-length {args.max_length}")
+
+    folder.mkdir(exist_ok=True)
+    model = open_model(args.reference or args.model, device)
+    reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl").to(device)
+    if args.reference:
+        del model
+        model = open_model(args.model, device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    training = Training(folder, model, optimizers, args.state_every)
+    steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
+    total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
+
+    bar = tqdm(total=total, initial=done, desc=f"dpo {Path(args.out).name}", unit="step", mininterval=1)
+    for epoch in range(done // steps_per_epoch, args.epochs):
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
+        for k in range(done % steps_per_epoch, steps_per_epoch):
+            chosen_ones = order[k * args.batch_size:(k + 1) * args.batch_size]
+            n, metrics = len(chosen_ones), torch.zeros(7, device=device)
+            for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
+                logps = sequence_logps(model, micro, 2 * len(indices))
+                policy_chosen, policy_rejected = logps[:len(indices)], logps[len(indices):]
+                ref = reference[torch.as_tensor(chosen_ones[indices.start:indices.stop], device=device)]
+                losses, rewards_chosen, rewards_rejected = dpo_loss(policy_chosen, policy_rejected, ref[:, 0], ref[:, 1], args.beta)
+                (losses.sum() / n).backward()
+                with torch.no_grad():
+                    margins = rewards_chosen - rewards_rejected
+                    metrics += torch.stack([x.float().sum() / n for x in (
+                        losses, rewards_chosen, rewards_rejected, margins > 0, margins, policy_chosen, policy_rejected)])
+            names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+                     "logps/chosen", "logps/rejected")
+            row = dict(zip(names, metrics.tolist()))
+            if not math.isfinite(row["loss"]):
+                raise FloatingPointError(f"the loss is {row['loss']} at step {done + 1}: lower --lr or --beta")
+            lr = args.lr * cosine_lr(done, total, args.warmup)
+            norm = apply_gradients(model, optimizers, lr)
+            done += 1
+            training.log(step=done, epoch=epoch, lr=lr, grad_norm=norm, **row)
+            training.save_state(done)
+            bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['rewards/accuracies']:.2f}", refresh=False)
+            bar.update()
+    bar.close()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "reference.jsonl").unlink()
+    training.finish(args.out)
+    print(f"{args.out}: {len(pairs)} pairs, {args.epochs} epochs, {total} steps")
+
+
+def parser():
+    p = make_parser(__doc__, prog="dpo.py")
+    p.add_argument("--model", required=True, help="folder or hub name of the policy to start from")
+    p.add_argument("--reference", help="folder or hub name of the reference model (default: --model)")
+    p.add_argument("--data", required=True, help="records with id, prompt, chosen, rejected")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference")
+    p.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and completion; longer pairs are left out")
+    add_training_flags(p, lr=1e-6, batch_size=32, epochs=2)
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

@@ -1,0 +1,290 @@
+"""Grade completions; a run folder -> the paper-style table and figures.
+
+    python evaluate.py grade --task gsm8k --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
+    python evaluate.py report runs/arithmetic                                           # report.md, report.json, 2 figures
+    python evaluate.py config runs/x TASK=arithmetic ROUNDS=3 ...                       # run_ilr.sh: write or check config.json
+
+The report reads graded answers, summaries and times of every seed that is there; a number that a run has not produced is
+left blank. Intervals: over seeds, Student's t on the seeds' means (each the mean of its retrains); for one seed, Wilson's
+interval over problems, which knows nothing of other seeds and retrains.
+"""
+import hashlib
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from pathlib import Path
+
+from tasks import InputError, get_task, make_parser, read_jsonl, run_stage, write_json, write_jsonl, write_text
+
+MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")     # settings that add work and change none
+# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom (standard table); beyond 30 the normal's 1.96.
+T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+
+
+# ---------------------------------------------------------------- statistics
+def wilson(mean, n):
+    """95% interval (low, high) of a proportion `mean` of n problems (Wilson 1927)."""
+    z = 1.959964
+    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def mean_interval(values):
+    """(mean, half width of Student's 95% interval) of independent values; the half width is None for fewer than two."""
+    n = len(values)
+    mean = sum(values) / n
+    if n < 2:
+        return mean, None
+    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, (T975[n - 2] if n - 2 < len(T975) else 1.96) * sd / math.sqrt(n)
+
+
+# ---------------------------------------------------------------- grade
+def grade(args):
+    task = get_task(args.task)
+    records = read_jsonl(args.data, ("id", "completion", "reference"), ("id", "sample"))
+    graded = [{**r, "correct": task.grade(r)} for r in records]
+    if args.out:
+        write_jsonl(args.out, graded)
+    mean = sum(r["correct"] for r in graded) / len(graded)
+    low, high = wilson(mean, len(graded))
+    print(f"{args.data}: {mean:.1%} correct of {len(graded)}, 95% interval {low:.1%} to {high:.1%}")
+
+
+# ---------------------------------------------------------------- config
+def config(args):
+    """Write config.json, or refuse a folder whose config differs, naming the difference."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    sources = sorted([*here.glob("*.py"), *here.glob("tasks/*.py"), here / "run_ilr.sh"])
+    now = {"settings": dict(s.partition("=")[::2] for s in args.settings),
+           "code": hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.name != "evaluate.py")).hexdigest()[:12],
+           "commit": git.stdout.strip() or None,
+           "versions": {"python": platform.python_version(), **{
+               name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}}
+    path = Path(args.run) / "config.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        flat = [{**c["settings"], "code": c["code"], **c["versions"]} for c in (before, now)]
+        changed = [f"{k} was {flat[0].get(k)!r}, is {flat[1].get(k)!r}" for k in {**flat[0], **flat[1]}
+                   if flat[0].get(k) != flat[1].get(k) and k not in MAY_GROW]
+        if changed:
+            raise InputError(f"{args.run} was begun under another configuration: {'; '.join(changed)}. "
+                             "Set OUT to a new folder, or restore what changed")
+    write_json(path, now)
+
+
+# ---------------------------------------------------------------- report: what a run folder says
+def correct_share(path):
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return sum(r["correct"] for r in rows) / len(rows), len(rows)
+
+
+def load_json(path):
+    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+
+
+def collect(run):
+    """{point: {seed: [accuracy of each retrain]}}, {seed: {point: label accuracy}}, summaries, problems per test file."""
+    tests, labels, comparisons, refinements, judges, n_test = {}, {}, {}, {}, {}, 0
+    seeds = sorted(run.glob("seed_*"), key=lambda p: int(p.name[5:]))
+    for folder in seeds:
+        seed = int(folder.name[5:])
+        for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: int(p.name.split("_")[1].split(".")[0])):
+            share, n_test = correct_share(path)
+            tests.setdefault(path.parent.name, {}).setdefault(seed, []).append(share)
+        for path in folder.glob("*/labels.graded.jsonl"):
+            labels.setdefault(path.parent.name, {})[seed] = correct_share(path)[0]
+        for path in folder.glob("*/comparisons.jsonl.summary"):
+            comparisons.setdefault(path.parent.name, {})[seed] = load_json(path)
+        for pattern in ("labels", "preferences"):
+            for path in folder.glob(f"*/{pattern}.jsonl.summary"):
+                refinements.setdefault(path.parent.name, {})[seed] = load_json(path)
+        if (folder / "judge/model/judge.json").exists():
+            judges[seed] = load_json(folder / "judge/model/judge.json")
+    return dict(seeds=[int(p.name[5:]) for p in seeds], tests=tests, labels=labels, comparisons=comparisons,
+                refinements=refinements, judges=judges, n_test=n_test)
+
+
+def points_of(data, method):
+    """The points of a method in order: the SFT start, then its rounds."""
+    rounds = sorted((p for p in data["tests"] if p.rpartition("_")[0] == method), key=lambda p: int(p.rpartition("_")[2]))
+    return ["sft"] + rounds if "sft" in data["tests"] else rounds
+
+
+def methods_of(data):
+    return sorted({p.rpartition("_")[0] for p in data["tests"] if p.rpartition("_")[2].isdigit()},
+                  key=lambda m: (m != "ilr", m))
+
+
+def cell(by_seed, n=0):
+    """'72.7 ± 2.1' in percent from {seed: share or [shares]}; one seed: Wilson's interval over n problems."""
+    means = [sum(v) / len(v) if isinstance(v, list) else v for v in by_seed.values()]
+    mean, half = mean_interval(means)
+    if half is not None:
+        return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    low, high = wilson(mean, n) if n else (None, None)
+    return f"{100 * mean:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if n else "")
+
+
+def paired(tests, a, b):
+    """Difference a - b of two points per seed, in points of accuracy: (mean, half width or None, per-seed list)."""
+    seeds = [s for s in tests[a] if s in tests[b]]
+    differences = [100 * (sum(tests[a][s]) / len(tests[a][s]) - sum(tests[b][s]) / len(tests[b][s])) for s in seeds]
+    return *mean_interval(differences), differences
+
+
+def table(header, rows):
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
+
+
+def average(by_seed, key, percent=True):
+    values = [s[key] for s in by_seed.values() if s.get(key) is not None]
+    if not values:
+        return ""
+    mean = sum(values) / len(values)
+    return f"{100 * mean:.1f}" if percent else f"{mean:,.0f}"
+
+
+def write_report(run, data, times, settings):
+    tests, n, seeds = data["tests"], data["n_test"], data["seeds"]
+    methods = methods_of(data)
+    most = max((len(points_of(data, m)) for m in methods), default=1)
+    retrains = max((len(v) for by_seed in tests.values() for v in by_seed.values()), default=0)
+    interval = ("± is Student's 95% interval over the seeds" if len(seeds) > 1 else
+                "brackets: Wilson's 95% interval over problems, blind to seeds and retrains")
+    text = [f"# {settings.get('TASK', run.name)}: ILR and DPO under unreliable supervision\n",
+            f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Accuracy in percent on {n:,} "
+            f"{settings.get('EVAL', 'test')} problems a seed, mean of up to {retrains} retrains a point; {interval}.\n"]
+    for m in methods:
+        last = points_of(data, m)[-1]
+        if "sft" in tests and last != "sft":
+            mean, half, each = paired(tests, last, "sft")
+            verdict = ("" if half is None else
+                       " The interval excludes 0." if abs(mean) > half else " The interval includes 0: not established.")
+            text.append(f"- {m.upper()} after round {last.rpartition('_')[2]} minus SFT: **{mean:+.1f}"
+                        + (f" ± {half:.1f}**" if half is not None else "**") + f" points.{verdict} Per seed: "
+                        + ", ".join(f"{d:+.1f}" for d in each) + ".")
+    if {"ilr", "dpo"} <= set(methods):
+        a, b = points_of(data, "ilr")[-1], max(points_of(data, "dpo")[1:], key=lambda p: paired(tests, p, "sft")[0])
+        for b, what in ((points_of(data, "dpo")[-1], "its last round"), (b, f"its best round on these problems, {b[4:]}, a choice in DPO's favor")):
+            mean, half, _ = paired(tests, a, b)
+            text.append(f"- ILR's last round minus DPO's ({what}): {mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
+                        + " points." + (" The interval includes 0: not established." if half is not None and abs(mean) <= half else ""))
+    text += ["\n## Test accuracy by round\n",
+             table(["method", "SFT", *(f"round {k}" for k in range(1, most))],
+                   [[m.upper(), *(cell(tests[p], n) for p in points_of(data, m))] for m in methods]),
+             table(["beside it", "accuracy"], [[name, cell(tests[p], n)] for p, name in (
+                 ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
+             "![test accuracy per round](test_accuracy.png)\n"]
+    label_points = ["weak", *(p for p in points_of(data, "ilr") if p in data["labels"])]
+    if "weak" in data["labels"]:
+        text += ["## Label accuracy by round\n",
+                 table(["", "round 0", *(f"round {p[4:]}" for p in label_points[1:])],
+                       [["labels correct", *(cell(data["labels"][p]) for p in label_points)]]),
+                 "![label accuracy per round](label_accuracy.png)\n"]
+    text += ["## The judge\n", f"On held-out pairs of its own kind: accuracy {average(data['judges'], 'held_out_accuracy')}%, "
+             f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%. On the pairs it was really asked about:\n",
+             table(["", "comparisons asked", "accuracy on pairs with one right side (%)", "order-flip rate (%)",
+                    "position bias", "replaced labels / pairs kept", "share of all (%)", "share of disagreements (%)",
+                    "precision of replacement (%)"],
+                   [[p, average(c, "asked", False), average(c, "accuracy"), average(c, "flip_rate"),
+                     f"{sum(s['position_bias'] for s in c.values()) / len(c):.3f}",
+                     *(average(data["refinements"].get(p, {}), k, k != "kept") for k in
+                       ("kept", "share_of_all", "share_of_asked", "precision"))]
+                    for m in methods for p in points_of(data, m) for c in [data["comparisons"].get(p, {})] if c])]
+    total = {}
+    for m in methods:
+        rounds = [data["comparisons"][p] for p in points_of(data, m) if p in data["comparisons"]]
+        total[m] = sum(s["asked"] for c in rounds for s in c.values()) / max(1, len(seeds))
+    text.append("Comparisons used per seed, all rounds: " + ", ".join(f"{m.upper()} {v:,.0f}" for m, v in total.items()) + ".\n")
+    text += ["## Seconds per stage\n", "Wall time as it was, mean over seeds; stages of two lanes run side by side.\n",
+             table(["stage", "seconds"], [[k, f"{sum(v) / len(v):.1f}"] for k, v in times.items()])]
+    write_text(run / "report.md", "\n".join(text))
+
+
+# ---------------------------------------------------------------- report: figures
+STYLES = {"ilr": ("#1f5fa8", "o", "-"), "dpo": ("#c2571a", "s", "--")}
+
+
+def draw(path, title, ylabel, series, lines):
+    """One figure: series (name, style, [{seed: [values]}]) over rounds, horizontal lines (name, value), percent."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for k, (name, (color, marker, dash), rounds) in enumerate(series):
+        means, halves = [], []
+        for x, by_seed in enumerate(rounds):
+            per_seed = [100 * sum(v) / len(v) for v in by_seed.values()]
+            mean, half = mean_interval(per_seed)
+            means.append(mean)
+            halves.append(half or 0)
+            axes.plot([x + 0.04 * (2 * k - 1)] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
+        axes.errorbar(range(len(means)), means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
+    for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
+        axes.axhline(100 * value, color=shade, ls=dash, lw=1.2, label=name)
+    axes.set_xticks(range(max(len(r) for _, _, r in series)))
+    axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    path.with_suffix(".writing.png").replace(path)
+
+
+def over(by_seed):
+    return sum(sum(v) / len(v) if isinstance(v, list) else v for v in by_seed.values()) / len(by_seed)
+
+
+def report(args):
+    run = Path(args.run)
+    data = collect(run)
+    if not data["tests"]:
+        raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
+    times = {}
+    for line in (run / "times.jsonl").read_text().splitlines() if (run / "times.jsonl").exists() else []:
+        row = json.loads(line)
+        times.setdefault(row["stage"].partition("/")[2] if row["stage"].startswith("seed_") else row["stage"], []).append(row["seconds"])
+    settings = load_json(run / "config.json").get("settings", {})
+    seeds = f"mean and 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
+    methods = methods_of(data)
+    draw(run / "test_accuracy.png", f"Test accuracy per round ({seeds})", "test accuracy (%)",
+         [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), [data["tests"][p] for p in points_of(data, m)]) for m in methods]
+         or [("SFT", STYLES["ilr"], [next(iter(data["tests"].values()))])],
+         [(name, over(data["tests"][p])) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
+    labels = [data["labels"][p] for p in ["weak", *points_of(data, "ilr")] if p in data["labels"]]
+    if labels:
+        draw(run / "label_accuracy.png", f"Training labels that are correct, per round ({seeds})", "label accuracy (%)",
+             [("ILR's labels", STYLES["ilr"], [{s: [v] for s, v in by_seed.items()} for by_seed in labels])], [])
+    write_report(run, data, times, settings)
+    write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
+    print((run / "report.md").read_text().partition("## Label")[0])
+    print(f"{run}/report.md, report.json, test_accuracy.png, label_accuracy.png")
+
+
+def main(args):
+    {"grade": grade, "report": report, "config": config}[args.command](args)
+
+
+def parser():
+    p = make_parser(__doc__, prog="evaluate.py")
+    commands = p.add_subparsers(dest="command", required=True)
+    g = commands.add_parser("grade", help="accuracy of a file of completions")
+    g.add_argument("--task", required=True)
+    g.add_argument("--data", required=True, help="records with id, completion, reference")
+    g.add_argument("--out", help="also write the records with `correct`")
+    r = commands.add_parser("report", help="a run folder -> report.md, report.json and figures")
+    r.add_argument("run", metavar="RUN_DIR")
+    c = commands.add_parser("config", help="write or check RUN_DIR/config.json")
+    c.add_argument("run", metavar="RUN_DIR")
+    c.add_argument("settings", nargs="*", metavar="NAME=VALUE")
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

@@ -1,0 +1,179 @@
+"""A model and prompts -> completions.
+
+    python generate.py --model runs/sft --data problems.jsonl --out answers.jsonl                    # greedy
+    python generate.py --model runs/sft --data problems.jsonl --out samples.jsonl --temperature 0.7 --num-samples 6
+    python generate.py --model m1 m2 --data a.jsonl b.jsonl --out oa.jsonl ob.jsonl                  # one process, several models
+
+Input records keep all their fields; `completion` is replaced (stop at EOS, or `truncated` where the token limit cut it
+off) and `source` set; with --num-samples above 1 there is one record per sample, numbered by `sample`. Batches are formed
+in one fixed order (longest prompt first) and appended as they finish: killed and started again, the same command
+continues at the first incomplete batch.
+
+Unlike the paper's release: beams are asked for by name, never implied by a temperature of 0, and the noise of a sample
+comes from (seed, id, sample), so that, up to rounding of logits, an answer does not depend on its neighbours.
+"""
+import hashlib
+from pathlib import Path
+
+from sft import encode_prompt, half_of, open_model, open_tokenizer, pick_device
+from tasks import BatchLog, InputError, dumps, make_parser, partial_path, read_jsonl, run_stage, write_jsonl
+
+
+def sample_uniforms(seed, id_, sample, count):
+    """(count,) float32 in [0, 1): the noise of one sample, a function of (seed, id, sample) and nothing else."""
+    import numpy as np
+    digest = hashlib.sha256(dumps([seed, id_, sample]).encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(digest[:16], "little"))).random(count, dtype=np.float32)
+
+
+def choose_tokens(logits, temperature, uniforms=None):
+    """Next tokens (B,) from logits (B, V): argmax, or with `uniforms` (B,) the inverse of softmax(logits/T)'s CDF."""
+    import torch
+    if uniforms is None:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).cumsum(-1)
+    # The last sum is 1 up to rounding: scaling by it keeps the index below V.
+    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
+    """Greedy or sampled continuations of a batch of prompts, each a list of token ids without EOS.
+
+    prompts: lists of token ids, left-padded here; uniforms: (B, max_new_tokens) fp32, the noise of each row, or None
+    for greedy. Returns (completions, truncated): lists of B. Rows that are finished leave the batch once they are half
+    of it. Runs at most max_new_tokens forward passes.
+    """
+    import torch
+    device, width = model.device, max(map(len, prompts))
+    input_ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt):] = torch.tensor(prompt)
+        mask[row, width - len(prompt):] = 1
+    input_ids, mask = input_ids.to(device), mask.to(device)
+    alive = torch.arange(len(prompts), device=device)          # which row of the output a row of the batch is
+    tokens = torch.full((len(prompts), max_new_tokens), eos, device=device)
+    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    with torch.inference_mode():
+        out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=True, logits_to_keep=1)
+        for step in range(max_new_tokens):
+            # ABLATION: the sampling rule
+            chosen = choose_tokens(out.logits[:, -1], temperature, None if uniforms is None else uniforms[alive, step])
+            tokens[alive[~finished], step] = chosen[~finished]
+            finished = finished | (chosen == eos)
+            if finished.all() or step + 1 == max_new_tokens:
+                break
+            cache = out.past_key_values
+            if finished.float().mean() >= 0.5:
+                keep = (~finished).nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                alive, chosen, mask, finished = alive[keep], chosen[keep], mask[keep], finished[keep]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            out = model(input_ids=chosen[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                        past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return strip_eos(tokens.tolist(), eos)
+
+
+def decode_beams(model, prompts, eos, max_new_tokens, num_beams):
+    """Beam search by transformers, as the paper's release has it. Same arguments and result as `decode`."""
+    import torch
+    width = max(map(len, prompts))
+    input_ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.inference_mode():
+        out = model.generate(input_ids=input_ids, attention_mask=mask, num_beams=num_beams, do_sample=False,
+                             max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos)
+    rows = out[:, width:].tolist()
+    return strip_eos([row + [eos] * (max_new_tokens - len(row)) for row in rows], eos)
+
+
+def strip_eos(rows, eos):
+    """(token ids before the first EOS of each row, whether a row has none)"""
+    ends = [row.index(eos) if eos in row else len(row) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends)], [end == len(row) for row, end in zip(rows, ends)]
+
+
+def generate_file(args, model_path, data, out, half):
+    """Answer every record of one file (or of one half of it) with one model."""
+    settings = {**vars(args), "model": model_path, "data": data, "out": out, "half": half}
+    folder = partial_path(out, settings, [data, model_path])
+    records = read_jsonl(data, ("id", "prompt"))
+    if half:
+        records = [r for r in records if half_of(args.seed, args.round, r["id"]) == half]
+    if args.limit:
+        records = records[:args.limit]
+
+    import torch
+    from tqdm import tqdm
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(model_path)
+    model = open_model(model_path, device).eval()
+    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in records]
+    for r, prompt in zip(records, prompts):
+        if len(prompt) > args.max_prompt_tokens:
+            raise InputError(f"{data}: the prompt of {r['id']} has {len(prompt)} tokens; raise --max-prompt-tokens")
+    jobs = sorted(((i, s) for i in range(len(records)) for s in range(args.num_samples)),
+                  key=lambda job: (-len(prompts[job[0]]), job))
+    batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+    log = BatchLog(folder, [len(b) for b in batches])
+    with tqdm(total=len(jobs), initial=len(log.results), desc=f"generate {Path(out).name}", unit="answer", mininterval=1) as bar:
+        for batch in batches[log.batches_done:]:
+            ids = [prompts[i] for i, _ in batch]
+            if args.num_beams > 1:
+                answers = decode_beams(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.num_beams)
+            else:
+                uniforms = None if args.temperature == 0 else torch.tensor(
+                    [sample_uniforms(args.seed, records[i]["id"], s, args.max_new_tokens).tolist() for i, s in batch],
+                    device=device)
+                answers = decode(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.temperature, uniforms)
+            texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
+            log.append([[i, s, text, cut] for (i, s), text, cut in zip(batch, texts, answers[1])])
+            bar.update(len(batch))
+
+    write_jsonl(out, [{**records[i], "completion": text, "source": args.source,
+                       **({"sample": s} if args.num_samples > 1 else {}), "truncated": cut}
+                      for i, s, text, cut in sorted(log.results)])
+    folder.unlink()
+    print(f"{out}: {len(log.results)} completions of {len(records)} prompts, {sum(r[3] for r in log.results)} cut off "
+          f"at {args.max_new_tokens} tokens")
+
+
+def main(args):
+    given = {"--model": args.model, "--data": args.data, "--half": args.half or [None]}
+    for name, values in given.items():
+        if len(values) not in (1, len(args.out)):
+            raise InputError(f"{name} has {len(values)} values; give one for all, or one for each of the {len(args.out)} of --out")
+    if args.num_samples > 1 and args.temperature == 0:
+        raise InputError("--num-samples above 1 needs a --temperature above 0: greedy samples are all equal")
+    if args.num_beams > 1 and args.temperature > 0:
+        raise InputError("--num-beams above 1 goes with --temperature 0")
+    for k, out in enumerate(args.out):
+        if len(args.out) > 1 and Path(out).exists():
+            print(f"{out} exists and is left as it is")
+        else:
+            generate_file(args, *(values[k % len(values)] for values in (args.model, args.data)), out,
+                          given["--half"][k % len(given["--half"])])
+
+
+def parser():
+    p = make_parser(__doc__, prog="generate.py")
+    p.add_argument("--model", required=True, nargs="+", help="folders or hub names")
+    p.add_argument("--data", required=True, nargs="+", help="records with id, prompt")
+    p.add_argument("--out", required=True, nargs="+", help="files to write")
+    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    p.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
+    p.add_argument("--num-beams", type=int, default=1, help="beam search with this many beams")
+    p.add_argument("--max-new-tokens", type=int, default=256)
+    p.add_argument("--max-prompt-tokens", type=int, default=4096, help="a longer prompt is an error")
+    p.add_argument("--batch-size", type=int, default=256, help="rows decoded together")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling noise, and of the halves")
+    p.add_argument("--half", type=int, nargs="+", choices=[1, 2], help="answer the records of one cross-labelling half only")
+    p.add_argument("--round", type=int, default=0, help="refinement round, for --half")
+    p.add_argument("--source", default="model", help="what the records' `source` says")
+    p.add_argument("--limit", type=int, default=0, help="only the first N records (0: all)")
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

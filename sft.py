@@ -1,0 +1,357 @@
+"""Supervised finetuning: prompt/completion records -> a finetuned causal language model.
+
+    python sft.py --model mistralai/Mistral-7B-v0.1 --data labels.jsonl --out runs/sft
+    python sft.py --init-config strong.json --tokenizer tok --data corpus.jsonl --out base   # from scratch
+
+Every weight is trained, in bf16 on CUDA and fp32 on CPU. The loss is the mean negative log-likelihood of the completion
+tokens of the whole optimizer batch, so the micro-batch size changes nothing. Records are packed into rows without
+cross-talk, and logits are computed only where there is a label. Writes a `save_pretrained` folder with `metrics.jsonl`
+(a row per optimizer step). Killed and started again, the same command continues and ends with the same bytes (CPU).
+
+Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS), halves depend on
+(seed, round, id) and not on row order, batches are packed, and labels the task cannot parse are counted aloud.
+"""
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+from tasks import InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage
+
+
+# ---------------------------------------------------------------- shared by trainers, sampler and judge
+def pick_device(name):
+    import torch
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def open_pretrained(auto_class, path, **kwargs):
+    """`auto_class.from_pretrained`, safetensors only and without remote code; a folder that is no model is bad input."""
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError) as e:
+        raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
+
+
+def open_tokenizer(path):
+    from transformers import AutoTokenizer
+    tokenizer = open_pretrained(AutoTokenizer, path)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token")
+    return tokenizer
+
+
+def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
+    """The model of a folder in bf16 on CUDA and fp32 elsewhere."""
+    import torch
+    import transformers
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs).to(device)
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, BOS first where the tokenizer has one: the same in training, generation and judging."""
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+
+
+def encode_completion(tokenizer, completion):
+    """Token ids of a completion, EOS last. Tokenized apart from the prompt, so that the border never merges."""
+    return tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def half_of(seed, round_, id_):
+    """1 or 2: the cross-labelling half of a problem in a round, whatever its place in the file."""
+    return 1 + hashlib.sha256(dumps([seed, round_, id_]).encode()).digest()[0] % 2
+
+
+def pack(sequences, row_tokens, micro_tokens, device="cpu"):
+    """Sequences -> micro-batches of packed rows (first fit, longest first).
+
+    sequences: list of (token ids, loss weight of each token as a target; the first token's is ignored).
+    Rows hold up to `row_tokens` tokens (or one longer sequence), micro-batches up to `micro_tokens` (or one row).
+    Yields dicts of (rows, length) tensors: input_ids, position_ids (int64, restarting at 0 with every sequence, which is
+    what keeps packed sequences apart), weights (fp32: loss weight of predicting the next token), and owner
+    (int64: index into `sequences`, -1 for padding).
+    """
+    import torch
+    rows, free = [], []
+    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])):
+        n = len(sequences[i][0])
+        r = next((r for r, room in enumerate(free) if room >= n), len(rows))
+        if r == len(rows):
+            rows.append([])
+            free.append(max(row_tokens, n))
+        rows[r].append(i)
+        free[r] -= n
+    lengths = [sum(len(sequences[i][0]) for i in row) for row in rows]
+    start = 0
+    while start < len(rows):
+        end = start + 1
+        while end < len(rows) and max(lengths[start:end + 1]) * (end + 1 - start) <= micro_tokens:
+            end += 1
+        shape = (end - start, max(lengths[start:end]))
+        input_ids, owner = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+        position_ids, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
+        for r, row in enumerate(rows[start:end]):
+            at = 0
+            for i in row:
+                ids, w = sequences[i]
+                span = slice(at, at + len(ids))
+                input_ids[r, span], owner[r, span] = torch.tensor(ids), i
+                position_ids[r, span] = torch.arange(len(ids))
+                weights[r, at:at + len(ids) - 1] = torch.tensor(w[1:], dtype=torch.float)
+                at += len(ids)
+            position_ids[r, at:] = torch.arange(shape[1] - at)
+        yield {k: v.to(device, non_blocking=True) for k, v in
+               dict(input_ids=input_ids, position_ids=position_ids, weights=weights, owner=owner).items()}
+        start = end
+
+
+def hidden_states(model, batch):
+    """(rows, length, width) last hidden states. No attention mask and no cache: only then do the restarting
+    position_ids keep packed sequences apart (transformers builds the block-diagonal causal mask from them)."""
+    return model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
+                            use_cache=False).last_hidden_state
+
+
+def completion_logps(model, batch):
+    """Log-probability of every token whose loss weight is not 0: (logps fp32 (N,), weights (N,), owner (N,)).
+
+    log softmax(logits)[target], logits only at these N positions, in fp32; Gemma 2's soft-capping included.
+    """
+    import torch
+    rows, columns = batch["weights"].nonzero(as_tuple=True)
+    targets = batch["input_ids"][rows, columns + 1]
+    logits = model.get_output_embeddings()(hidden_states(model, batch)[rows, columns]).float()
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        logits = torch.tanh(logits / cap) * cap
+    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    assert logps.shape == rows.shape
+    return logps, batch["weights"][rows, columns], batch["owner"][rows, columns]
+
+
+def cosine_lr(step, total, warmup):
+    """Share of the peak learning rate at `step` (0-based): linear warm-up over `warmup` of the run, cosine to 0."""
+    ramp = max(1, round(total * warmup))
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def make_optimizers(model, name, lr, device):
+    """The optimizers that `name` stands for, as a list (Muon needs a second one for what is no matrix).
+
+    auto is 8-bit AdamW on CUDA and fused AdamW elsewhere, where 8-bit costs time and saves nothing that matters.
+    No weight decay. 8-bit optimizers keep 32-bit state for embeddings, as their authors advise.
+    """
+    import torch
+    name = ("adamw8bit" if device.type == "cuda" else "adamw") if name == "auto" else name
+    params = [p for p in model.parameters() if p.requires_grad]
+    print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in {params[0].dtype} on {device}")
+    if name == "adamw":
+        return [torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if name == "muon":
+        inner = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
+        return [torch.optim.Muon([p for p in params if id(p) in inner], lr=lr, weight_decay=0.0,
+                                 adjust_lr_fn="match_rms_adamw"),
+                torch.optim.AdamW([p for p in params if id(p) not in inner], lr=lr, betas=(0.9, 0.95),
+                                  weight_decay=0.0, fused=True)]
+    import bitsandbytes as bnb
+    bnb.optim.GlobalOptimManager.get_instance().register_module_override(
+        model.get_input_embeddings(), "weight", {"optim_bits": 32})
+    if name == "rmsprop8bit":
+        return [bnb.optim.RMSprop8bit(params, lr=lr)]
+    return [bnb.optim.AdamW8bit(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0)]
+
+
+def apply_gradients(model, optimizers, lr, max_norm=1.0):
+    """Clip by the global norm, set the learning rate, step, clear. Returns the norm before clipping."""
+    import torch
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}: lower --lr, or look for broken records in the data")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+class Training:
+    """The unfinished folder of a training run: its metrics and its last resumable state.
+
+    `state` is what was restored, {} at the start. All randomness of a run comes from (seed, epoch), so weights,
+    optimizers and the step number are all there is to restore; torch's generator is kept too, for edited scripts.
+    """
+
+    def __init__(self, folder, model, optimizers, seconds):
+        import time
+        import torch
+        self.folder, self.model, self.optimizers, self.seconds = folder, model, optimizers, seconds
+        folder.mkdir(exist_ok=True)
+        self.state, self.saved_at = {}, time.monotonic()
+        kept = []
+        if (folder / "state.pt").exists():
+            self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            model.load_state_dict(self.state.pop("model"))
+            for optimizer, saved in zip(optimizers, self.state.pop("optimizers")):
+                optimizer.load_state_dict(saved)
+            torch.set_rng_state(self.state.pop("rng"))
+            kept = (folder / "metrics.jsonl").read_text().splitlines()[:self.state["rows"]]
+            print(f"continuing after step {self.state['step']}")
+        self.rows = len(kept)
+        self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
+        self.metrics.write("".join(line + "\n" for line in kept))
+
+    def log(self, **row):
+        self.metrics.write(dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.rows += 1
+
+    def save_state(self, step, always=False, **more):
+        """Write the resumable state if `seconds` have passed since the last one."""
+        import time
+        import torch
+        if not always and time.monotonic() - self.saved_at < self.seconds:
+            return
+        self.metrics.flush()
+        torch.save({"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+                    "rng": torch.get_rng_state(), "step": step, "rows": self.rows, **more}, self.folder / "state.writing")
+        (self.folder / "state.writing").replace(self.folder / "state.pt")
+        self.saved_at = time.monotonic()
+
+    def finish(self, out):
+        """Close the books and give the folder its name."""
+        self.metrics.close()
+        (self.folder / "state.pt").unlink(missing_ok=True)
+        (self.folder / "state.writing").unlink(missing_ok=True)
+        self.folder.rename(out)
+
+
+def add_training_flags(p, lr, batch_size, epochs):
+    p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
+    p.add_argument("--epochs", type=int, default=epochs)
+    p.add_argument("--batch-size", type=int, default=batch_size, help="records per optimizer step")
+    p.add_argument("--optimizer", default="auto", choices=["auto", "adamw", "adamw8bit", "rmsprop8bit", "muon"],
+                   help="auto: adamw8bit on CUDA, fused adamw on CPU")
+    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising learning rate")
+    p.add_argument("--row-tokens", type=int, default=2048, help="tokens per packed row")
+    p.add_argument("--micro-tokens", type=int, default=4096, help="tokens per forward pass; lower it to save memory")
+    p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    p.add_argument("--state-every", type=float, default=300, help="seconds between resumable states")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+
+
+# ---------------------------------------------------------------- the stage
+def select_records(args):
+    """The records to train on: well-formed ones of the asked half."""
+    records = read_jsonl(args.data, ("id", "prompt", "completion"))
+    total = len(records)
+    if args.half:
+        records = [r for r in records if half_of(args.seed, args.round, r["id"]) == args.half]
+    if args.task:
+        task, before = get_task(args.task), len(records)
+        records = [r for r in records if task.is_well_formed(r["completion"])]
+        print(f"{before - len(records)} of {before} labels cannot be parsed and are left out")
+    if not records:
+        raise InputError(f"{args.data}: none of its {total} records is left to train on")
+    return records
+
+
+def main(args):
+    if bool(args.model) == bool(args.init_config) or bool(args.init_config) != bool(args.tokenizer):
+        raise InputError("give either --model, or --init-config together with --tokenizer")
+    folder = partial_path(args.out, vars(args), [args.data, args.model or args.init_config])
+    records = select_records(args)
+
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+    torch.manual_seed(args.seed)
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(args.model or args.tokenizer)
+    if args.model:
+        model = open_model(args.model, device)
+    else:
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.for_model(**json.loads(Path(args.init_config).read_text()))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+
+    sequences, too_long = [], 0
+    for r in records:
+        prompt, completion = encode_prompt(tokenizer, r["prompt"]), encode_completion(tokenizer, r["completion"])
+        if len(prompt) + len(completion) > args.max_length:
+            too_long += 1
+        else:
+            sequences.append((prompt + completion, [args.prompt_weight] * len(prompt) + [1.0] * len(completion)))
+    if too_long:
+        print(f"{too_long} of {len(records)} records are longer than --max-length {args.max_length} and are left out")
+    if not sequences:
+        raise InputError(f"{args.data}: no record fits --max-length {args.max_length}")
+
+    optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    training = Training(folder, model, optimizers, args.state_every)
+    steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
+    total = steps_per_epoch * args.epochs
+    checkpoints = {round(total * k * args.save_every): f"checkpoint-{round(100 * k * args.save_every)}"
+                   for k in range(1, math.ceil(1 / args.save_every - 1e-9))} if args.save_every else {}
+    done = training.state.get("step", 0)
+
+    bar = tqdm(total=total, initial=done, desc=f"sft {Path(args.out).name}", unit="step", mininterval=1)
+    for epoch in range(done // steps_per_epoch, args.epochs):
+        order = np.random.default_rng([args.seed, epoch]).permutation(len(sequences))
+        for k in range(done % steps_per_epoch, steps_per_epoch):
+            batch = [sequences[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
+            weight = sum(sum(w[1:]) for _, w in batch)
+            loss = 0.0
+            for micro in pack(batch, args.row_tokens, args.micro_tokens, device):
+                logps, weights, _ = completion_logps(model, micro)
+                # ABLATION: the SFT loss; dividing by the whole batch's weight makes micro-batches add up exactly
+                micro_loss = -(logps * weights).sum() / weight
+                micro_loss.backward()
+                loss += micro_loss.item()
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr, or look for broken records")
+            lr = args.lr * cosine_lr(done, total, args.warmup)
+            norm = apply_gradients(model, optimizers, lr)
+            done += 1
+            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+            if done in checkpoints:
+                model.save_pretrained(folder / checkpoints[done])
+                tokenizer.save_pretrained(folder / checkpoints[done])
+            training.save_state(done)
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
+    bar.close()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    training.finish(args.out)
+    print(f"{args.out}: {len(sequences)} records, {args.epochs} epochs, {total} steps")
+
+
+def parser():
+    p = make_parser(__doc__, prog="sft.py")
+    p.add_argument("--model", help="folder or hub name of the model to finetune")
+    p.add_argument("--init-config", help="JSON model config: start from random weights instead")
+    p.add_argument("--tokenizer", help="folder of the tokenizer, with --init-config")
+    p.add_argument("--data", required=True, help="records with id, prompt, completion")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--task", help="leave out completions that this task cannot parse")
+    p.add_argument("--half", type=int, choices=[1, 2], help="train on one cross-labelling half only")
+    p.add_argument("--round", type=int, default=0, help="refinement round, for --half")
+    p.add_argument("--save-every", type=float, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
+    p.add_argument("--prompt-weight", type=float, default=0.0, help="loss weight of prompt tokens (pretraining)")
+    p.add_argument("--max-length", type=int, default=2048, help="tokens; longer records are left out and counted")
+    add_training_flags(p, lr=1e-5, batch_size=32, epochs=2)
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

@@ -1,0 +1,175 @@
+"""The record format and the task registry: what every stage shares and no model library is needed for.
+
+A file is JSON Lines: one object per line, UTF-8, joined with other files by `id` and nothing else.
+A task is one module of this folder with the names that `get_task` lists; adding a task is adding a file.
+"""
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+TASKS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+
+
+class InputError(Exception):
+    """Bad arguments or bad input: one line that names the file, the line and what was expected (exit 2)."""
+
+
+def get_task(name):
+    """The module of one task. Its names:
+
+    prepare(args)                 writes train, gt, unlab, validation and test records
+    grade(record) -> float        1.0 if record["completion"] is right by record["reference"], else 0.0
+    agree(a, b) -> bool           two records' completions give the same answer
+    is_well_formed(text) -> bool  a completion that the task can parse
+    MAX_PROMPT_TOKENS, MAX_NEW_TOKENS
+    """
+    if name not in TASKS:
+        raise InputError(f"--task {name}: there is no tasks/{name}.py; choose from {', '.join(TASKS)}")
+    return importlib.import_module(f"tasks.{name}")
+
+
+# ---------------------------------------------------------------- records
+def read_jsonl(path, fields=("id",), key=("id",)):
+    """The records of a file, each checked to hold `fields` and to be the only one with its `key` values.
+
+    Raises InputError, naming file and line, for a missing or empty file, malformed JSON, an absent field,
+    a text field that is not a string, and a repeated key.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            lines = f.read().split("\n")
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+    records, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as e:
+            raise InputError(f"{path}:{number}: not JSON ({e})") from None
+        if not isinstance(record, dict):
+            raise InputError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+        for name in fields:
+            if name not in record:
+                raise InputError(f"{path}:{number}: field {name!r} is missing")
+            if name in ("prompt", "completion", "chosen", "rejected") and not isinstance(record[name], str):
+                raise InputError(f"{path}:{number}: field {name!r} must be a string")
+        if key:
+            values = tuple(json.dumps(record.get(k)) for k in key)
+            if values in seen:
+                where = ", ".join(f"{k} {v}" for k, v in zip(key, values))
+                raise InputError(f"{path}:{number}: {where} stands already in line {seen[values]}")
+            seen[values] = number
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: holds no records")
+    return records
+
+
+def dumps(record):
+    return json.dumps(record, ensure_ascii=False)
+
+
+def write_text(path, text):
+    """Write beside `path`, flush to the disk, rename: a crash or a full disk leaves the old file or none."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.writing")
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_jsonl(path, records):
+    write_text(path, "".join(dumps(r) + "\n" for r in records))
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---------------------------------------------------------------- unfinished work
+def partial_path(out, args, inputs):
+    """Where a stage keeps its unfinished work for `out`: a path whose name holds a hash of the work itself
+    (arguments, source of the stages, and size and time of every input file), so that work begun under other
+    settings is never continued. Work for the same `out` under another hash is left where it is."""
+    if Path(out).exists():
+        raise InputError(f"--out {out} exists: delete it, or choose another name")
+    digest = hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode())
+    for source in sorted(Path(__file__).parent.parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for top in inputs:
+        for path in sorted(Path(top).rglob("*")) if Path(top).is_dir() else [Path(top)]:
+            if path.is_file():
+                stat = path.stat()
+                digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return out.with_name(f".{out.name}.{digest.hexdigest()[:12]}.partial")
+
+
+class BatchLog:
+    """Results appended batch by batch to a file; opened again, it keeps the whole batches and drops the rest.
+
+    sizes: number of results in each batch, in the fixed order in which batches are made.
+    `self.results` holds what is there already, `self.batches_done` how many batches that is.
+    """
+
+    def __init__(self, path, sizes):
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        self.batches_done = count = 0
+        while self.batches_done < len(sizes) and count + sizes[self.batches_done] <= len(lines):
+            count += sizes[self.batches_done]
+            self.batches_done += 1
+        self.results = [json.loads(line) for line in lines[:count]]
+        self.path = path
+        write_text(path, "".join(line + "\n" for line in lines[:count]))
+
+    def append(self, results):
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write("".join(dumps(r) + "\n" for r in results))
+        self.results += results
+
+
+# ---------------------------------------------------------------- command line
+def run_stage(parser, main, argv=None):
+    """Parse, run, and turn what a user can cause into one line: exit 2 for bad input, 1 for a run-time failure."""
+    args = parser.parse_args(argv)
+    try:
+        main(args)
+    except InputError as e:
+        sys.exit(_fail(parser, e, 2))
+    except (OSError, ArithmeticError, MemoryError) as e:
+        sys.exit(_fail(parser, e, 1))
+    except RuntimeError as e:
+        # torch reports a full disk and a full device as RuntimeError; anything else is a bug and shows its trace
+        if any(s in str(e) for s in ("out of memory", "No space left", "file write failed", "unexpected pos")):
+            sys.exit(_fail(parser, str(e).split("\n")[0], 1))
+        raise
+    except KeyboardInterrupt:
+        sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))
+
+
+def _fail(parser, message, code):
+    print(f"{parser.prog}: error: {message}", file=sys.stderr)
+    return code
+
+
+def make_parser(doc, **kwargs):
+    """argparse with the stage's docstring as its help and every default shown."""
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, **kwargs)

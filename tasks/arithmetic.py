@@ -1,0 +1,198 @@
+"""Word problems of several steps, made by a seeded generator: the default task, small enough for two CPU cores.
+
+    python tasks/arithmetic.py --out data --seed 0                # train, gt, unlab, validation, test .jsonl
+    python tasks/arithmetic.py --out base --pretrain 30000        # corpus, tokenizer and configs of the base models
+
+A problem tells in 2 to 5 steps how a number changes; a completion has one calculation per line and ends in
+`#### N`, as GSM8K does. A problem belongs to one split by the hash of its text, so no two splits share a problem.
+The corpus of the base models holds the same kind of problems with other delimiters, and bare calculations: it gives
+them skill without the format that demonstrations teach.
+"""
+import hashlib
+import json
+import random
+import re
+import sys
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from tasks import InputError, make_parser, run_stage, write_json, write_jsonl, write_text
+
+MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 128, 56
+MAX_VALUE = 60
+
+# ABLATION: the language of the problems
+NAMES = {"she": "Mia Ana Zoe Eva Ida Lia Nora Rosa Vera Emma Ruth Tara Anya Lena Nina".split(),
+         "he": "Tom Leo Sam Max Ben Jon Paul Hugo Carl Finn Omar Igor Mark Otto Yuri".split()}
+THINGS = ("shells marbles coins stamps apples cards pens books eggs beads stones nuts plums cups keys hats "
+          "ropes bricks seeds tiles lamps pears ribbons tickets").split()
+ADD = ["finds {n} more", "buys {n}", "gets {n} as a gift", "wins {n}", "picks up {n}", "is given {n}",
+       "collects {n}", "borrows {n}", "makes {n}", "receives {n}", "earns {n}", "adds {n}"]
+SUBTRACT = ["gives away {n}", "loses {n}", "sells {n}", "breaks {n}", "drops {n}", "lends {n} to a friend",
+            "throws out {n}", "donates {n}", "hands over {n}", "misplaces {n}", "returns {n}", "trades away {n}"]
+MULTIPLY = {2: ["doubles them", "ends up with twice as many", "copies each one"],
+            3: ["triples them", "ends up with three times as many"],
+            4: ["quadruples them", "ends up with four times as many"]}
+HALVE = ["keeps only half", "gives half to a sister", "splits them evenly with a cousin"]
+OPENINGS = ["{who} has {n} {things}.", "{who} starts with {n} {things}.", "{who} owns {n} {things}.",
+            "At first {who} has {n} {things}.", "{who} counts {n} {things}."]
+DISTRACTORS = ["A friend is {m} years old.", "Each box costs {m} dollars.", "The walk home takes {m} minutes.",
+               "A brother has {m} {other}.", "It rained for {m} days.", "The shop is on floor {m}."]
+LINKS = ["{They} {act}.", "Then {they} {act}.", "Later {they} {act}.", "Next {they} {act}.", "After that {they} {act}."]
+QUESTIONS = ["How many now?", "How many {things} are left?", "How many {things} does {they} have in the end?",
+             "What is the number of {things} now?"]
+
+
+def zipf(rng, items):
+    """One of `items`, the k-th with weight 1/k: rare verbs are what a small model learns last."""
+    return rng.choices(items, [1 / (k + 1) for k in range(len(items))])[0]
+
+
+def make_problem(rng, steps=(2, 5)):
+    """One problem: (question, calculations, answer). Values stay in 1..MAX_VALUE and are whole numbers."""
+    they = rng.choice(sorted(NAMES))
+    who, (things, other) = rng.choice(NAMES[they]), rng.sample(THINGS, 2)
+    value = rng.randint(3, 30)
+    sentences, lines = [rng.choice(OPENINGS).format(who=who, n=value, things=things)], []
+    for _ in range(rng.randint(*steps)):
+        factors = [f for f in MULTIPLY if value * f <= MAX_VALUE]
+        kinds = ["+"] * (value < MAX_VALUE) * 2 + ["-"] * (value > 1) * 2 + ["*"] * bool(factors) + ["/"] * (value % 2 == 0)
+        kind = rng.choice(kinds)
+        if kind == "+":
+            n = rng.randint(1, min(9, MAX_VALUE - value))
+            act, new = zipf(rng, ADD).format(n=n), value + n
+        elif kind == "-":
+            n = rng.randint(1, min(9, value - 1))
+            act, new = zipf(rng, SUBTRACT).format(n=n), value - n
+        elif kind == "*":
+            n = rng.choice(factors)
+            act, new = zipf(rng, MULTIPLY[n]), value * n
+        else:
+            n, act, new = 2, zipf(rng, HALVE), value // 2
+        lines.append(f"{value}{kind}{n}={new}")
+        sentences.append(zipf(rng, LINKS).format(they=they, They=they.capitalize(), act=act))
+        if rng.random() < 0.15:
+            sentences.append(rng.choice(DISTRACTORS).format(m=rng.randint(2, 30), other=other))
+        value = new
+    sentences.append(rng.choice(QUESTIONS).format(they=they, things=things))
+    return " ".join(sentences), lines, value
+
+
+SPLITS = {"test": (0, 1), "validation": (1, 2), "train": (2, 6), "pretrain": (6, 10)}
+
+
+def problems(split, count, seed, **kwargs):
+    """`count` distinct problems of a split. A text's hash decides its split, whatever the seed."""
+    low, high = SPLITS[split]
+    rng, seen = random.Random(f"{split} {seed}"), set()
+    while len(seen) < count:
+        question, lines, answer = make_problem(rng, **kwargs)
+        bucket = int(hashlib.sha256(question.encode()).hexdigest(), 16) % 10
+        if low <= bucket < high and question not in seen:
+            seen.add(question)
+            yield question, lines, answer
+
+
+def record(split, seed, i, problem):
+    question, lines, answer = problem
+    completion = "\n".join(lines) + f"\n#### {answer}"
+    return {"id": f"{split}-{seed}-{i}", "prompt": question + "\n", "completion": completion,
+            "reference": str(answer), "source": "gold"}
+
+
+# ---------------------------------------------------------------- the names every task has
+def final_answer(text):
+    """The number behind the last `####`, as Decimal, or None."""
+    match = re.search(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$", text.strip().rpartition("\n")[2])
+    try:
+        return Decimal(match[1].replace(",", "")) if match else None
+    except InvalidOperation:
+        return None
+
+
+def is_well_formed(text):
+    return final_answer(text) is not None
+
+
+def grade(record):
+    """1.0 if the number behind the last `####` equals the reference exactly, else 0.0."""
+    answer = final_answer(record["completion"])
+    return float(answer is not None and answer == Decimal(record["reference"]))
+
+
+def agree(a, b):
+    """Two records give the same answer; where either has none, only equal texts agree."""
+    x, y = final_answer(a["completion"]), final_answer(b["completion"])
+    return x == y if x is not None and y is not None else a["completion"] == b["completion"]
+
+
+# ---------------------------------------------------------------- files
+CONFIGS = {"strong": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4),
+           "weak": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)}
+
+
+def prepare_bases(out, count):
+    """What the base models are trained on: solved problems with other delimiters (60%), bare calculations (40%)."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    rng, texts = random.Random("facts"), []
+    corpus = []
+    for i, (question, lines, answer) in enumerate(problems("pretrain", count, 0)):
+        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": " : " + " ; ".join(lines) + f" => {answer}"})
+        texts.append(f"{question}\n" + "\n".join(lines) + f"\n#### {answer} : ; =>")
+    for i in range(count * 2 // 3 // 4):
+        facts = [line for _ in range(4) for line in make_problem(rng)[1]]
+        corpus.append({"id": f"facts-{i}", "prompt": "####", "completion": "\n" + "\n".join(facts)})
+    random.Random("corpus").shuffle(corpus)
+    # Bytes underneath, so any text round-trips; words are whole tokens and digits single ones.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|####| ?[^A-Za-z0-9\s]|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=768, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    vocabulary = (tokenizer.get_vocab_size() + 7) // 8 * 8
+    out = Path(out)
+    write_text(out / "tokenizer/tokenizer.json", tokenizer.to_str(pretty=True))
+    write_json(out / "tokenizer/tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False, "model_max_length": 512})
+    for name, sizes in CONFIGS.items():
+        write_json(out / f"{name}.json", {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+            "tie_word_embeddings": True, "max_position_embeddings": 512, "initializer_range": sizes["hidden_size"] ** -0.5,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes})
+    write_jsonl(out / "corpus.jsonl", corpus)
+
+
+def main(args):
+    out = Path(args.out)
+    if args.pretrain:
+        return prepare_bases(out, args.pretrain)
+    if not 0 < args.gt < args.train:
+        raise InputError(f"--gt {args.gt} must lie between 0 and --train {args.train}")
+    for split, count in (("train", args.train), ("validation", args.test), ("test", args.test)):
+        records = [record(split, args.seed, i, p) for i, p in enumerate(problems(split, count, args.seed))]
+        if split == "train":
+            write_jsonl(out / "gt.jsonl", records[:args.gt])
+            write_jsonl(out / "unlab.jsonl", records[args.gt:])
+        write_jsonl(out / f"{split}.jsonl", records)
+
+
+def parser():
+    p = make_parser(__doc__, prog="tasks/arithmetic.py")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--train", type=int, default=5000, help="training problems, D_gt and D_unlab together")
+    p.add_argument("--gt", type=int, default=1000, help="of these, problems of D_gt, whose references train the weak side")
+    p.add_argument("--test", type=int, default=1000, help="test problems, and as many for validation")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--pretrain", type=int, default=0, metavar="N", help="write the base models' corpus of N solved problems instead")
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)
