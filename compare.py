@@ -263,11 +263,11 @@ def score(args):
 def ask_model(args, rows, asked, folder):
     """{row: (prob_b_ab, prob_b_ba)} from a judge folder, batched by length."""
     from tqdm import tqdm
+    if not (Path(args.judge) / "judge.json").exists():
+        raise InputError(f"--judge {args.judge}: neither oracle nor a folder that `compare.py train` wrote")
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.judge)
     model = open_model(args.judge, device, "AutoModelForSequenceClassification").eval()
-    if model.config.num_labels != 2 or not (Path(args.judge) / "judge.json").exists():
-        raise InputError(f"--judge {args.judge}: not a folder that `compare.py train` wrote")
     sequences = {}
     for i in asked:
         _, a, b, _ = rows[i]

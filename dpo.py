@@ -99,8 +99,8 @@ def main(args):
     if not pairs:
         raise InputError(f"{args.data}: no pair fits --max-length {args.max_length}")
 
-    folder.mkdir(exist_ok=True)
     model = open_model(args.reference or args.model, device)
+    folder.mkdir(parents=True, exist_ok=True)
     reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl").to(device)
     if args.reference:
         del model

@@ -80,7 +80,7 @@ def config(args):
 
 # ---------------------------------------------------------------- report: what a run folder says
 def correct_share(path):
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = read_jsonl(path, ("correct",), ())
     return sum(r["correct"] for r in rows) / len(rows), len(rows)
 
 

@@ -123,7 +123,9 @@ def main(args):
         comparisons = read_jsonl(need(args, "comparisons"), ("id", "completion_a", "completion_b", "agree", "prob_b"))
         now = {r["id"]: r["completion"] for r in labels}
         for c in comparisons:
-            if now.get(c["id"], c["completion_a"]) != c["completion_a"]:
+            if c["id"] not in now:
+                raise InputError(f"{args.comparisons}: id {c['id']} is not in {args.labels}")
+            if now[c["id"]] != c["completion_a"]:
                 raise InputError(f"{args.comparisons}: completion_a of id {c['id']} is not the label in {args.labels}")
         proposals = {c["id"]: (c["completion_b"], c["prob_b"]) for c in comparisons}
         if args.method == "oracle":

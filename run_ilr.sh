@@ -33,6 +33,7 @@ BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
 JOBS=${JOBS:-2}                   # 2: run independent stages side by side (CPU); 1: one after the other (one GPU)
 THREADS=${THREADS:-1}             # CPU threads of each stage
+STATE_EVERY=${STATE_EVERY:-10}     # seconds between a training's resumable states
 BASES=${BASES:-bases}             # where base models trained here are cached
 PYTHON=${PYTHON:-python}
 
@@ -44,7 +45,7 @@ case $TASK in
     SFT_LR=${SFT_LR:-1e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-16}
     JUDGE_LR=${JUDGE_LR:-1e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-3} JUDGE_BATCH=${JUDGE_BATCH:-32}
     DPO_LR=${DPO_LR:-5e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
-    PACKING="--row-tokens 128 --micro-tokens 2048 --state-every 10"
+    PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DECODING="--max-new-tokens 56 --batch-size 512"
     SCORING="--row-tokens 256 --micro-tokens 4096"
@@ -58,9 +59,10 @@ DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0"
   echo; echo "Variables and their present values:"
-  for name in OUT $VARIABLES JOBS BASES PYTHON; do printf '  %-14s %s\n' "$name" "${!name}"; done
+  for name in OUT $VARIABLES JOBS STATE_EVERY BASES PYTHON; do printf '  %-14s %s\n' "$name" "${!name}"; done
   exit
 fi
+PACKING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 # ---------------------------------------------------------------- running stages
@@ -108,12 +110,13 @@ pretrain() {   # pretrain NAME RECORDS: a base model from the first RECORDS of t
   local head=$bases/corpus_$1.jsonl
   [ "$DRY" = 1 ] || [ -e "$head" ] || { head -n "$2" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"; }
   stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
-    --data "$head" --out "$bases/$1" $PRETRAINING
+    --data "$head" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
 pretrain_strong() { pretrain strong 1000000000; }
 pretrain_weak() { pretrain weak "$PRETRAIN_WEAK"; }
 
 base_models() {
+  if [ "$WEAK_MODEL" ] && [ "$STRONG_MODEL" ]; then return; fi
   local recipe; recipe=$(cat tasks/arithmetic.py <(echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING") | cksum | cut -d' ' -f1)
   bases=$BASES/$TASK-$recipe
   stage bases/corpus "$bases/corpus.jsonl" "$PYTHON" "tasks/$TASK.py" --pretrain "$PRETRAIN" --out "$bases"
@@ -237,7 +240,10 @@ settings=()
 for name in $VARIABLES; do settings+=("$name=${!name}"); done
 "$PYTHON" evaluate.py config "$OUT" "${settings[@]}"
 : >"$OUT/.progress"
+rm -f "$OUT"/.stage.*
 TOTAL=$(DRY=1; pipeline | wc -l)
 pipeline
+# all is complete: what a stage that was killed between its last two steps left behind
+find "$OUT" \( -name '.*.partial' -o -name '.*.writing' \) -prune -exec rm -rf {} +
 "$PYTHON" evaluate.py report "$OUT"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $OUT/report.md"

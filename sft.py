@@ -17,7 +17,7 @@ import math
 import shutil
 from pathlib import Path
 
-from tasks import InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage
+from tasks import InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage, write_text
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
@@ -28,9 +28,10 @@ def pick_device(name):
 
 def open_pretrained(auto_class, path, **kwargs):
     """`auto_class.from_pretrained`, safetensors only and without remote code; a folder that is no model is bad input."""
+    from safetensors import SafetensorError
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
         raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
 
 
@@ -46,6 +47,8 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
     """The model of a folder in bf16 on CUDA and fp32 elsewhere."""
     import torch
     import transformers
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs).to(device)
 
@@ -192,7 +195,7 @@ class Training:
         import time
         import torch
         self.folder, self.model, self.optimizers, self.seconds = folder, model, optimizers, seconds
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.state, self.saved_at = {}, time.monotonic()
         kept = []
         if (folder / "state.pt").exists():
@@ -204,8 +207,8 @@ class Training:
             kept = (folder / "metrics.jsonl").read_text().splitlines()[:self.state["rows"]]
             print(f"continuing after step {self.state['step']}")
         self.rows = len(kept)
-        self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8")
-        self.metrics.write("".join(line + "\n" for line in kept))
+        write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in kept))     # whole, whenever killed
+        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def log(self, **row):
         self.metrics.write(dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
@@ -278,7 +281,10 @@ def main(args):
         model = open_model(args.model, device)
     else:
         from transformers import AutoConfig, AutoModelForCausalLM
-        config = AutoConfig.for_model(**json.loads(Path(args.init_config).read_text()))
+        try:
+            config = AutoConfig.for_model(**json.loads(Path(args.init_config).read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            raise InputError(f"{args.init_config}: not the JSON of a model config ({e})") from None
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -300,7 +306,7 @@ def main(args):
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
     total = steps_per_epoch * args.epochs
-    checkpoints = {round(total * k * args.save_every): f"checkpoint-{round(100 * k * args.save_every)}"
+    checkpoints = {f"checkpoint-{round(100 * k * args.save_every)}": max(1, round(total * k * args.save_every))
                    for k in range(1, math.ceil(1 / args.save_every - 1e-9))} if args.save_every else {}
     done = training.state.get("step", 0)
 
@@ -323,9 +329,9 @@ def main(args):
             norm = apply_gradients(model, optimizers, lr)
             done += 1
             training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
-            if done in checkpoints:
-                model.save_pretrained(folder / checkpoints[done])
-                tokenizer.save_pretrained(folder / checkpoints[done])
+            for name in (name for name, step in checkpoints.items() if step == done):
+                model.save_pretrained(folder / name)
+                tokenizer.save_pretrained(folder / name)
             training.save_state(done)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()

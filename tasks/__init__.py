@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 
 TASKS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
@@ -117,7 +118,6 @@ def partial_path(out, args, inputs):
                 stat = path.stat()
                 digest.update(f"{path} {stat.st_size} {stat.st_mtime_ns}".encode())
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     return out.with_name(f".{out.name}.{digest.hexdigest()[:12]}.partial")
 
 
@@ -129,7 +129,8 @@ class BatchLog:
     """
 
     def __init__(self, path, sizes):
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        # errors="replace": a kill may have cut the last line, which is dropped, inside a character
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
         self.batches_done = count = 0
         while self.batches_done < len(sizes) and count + sizes[self.batches_done] <= len(lines):
             count += sizes[self.batches_done]
@@ -154,16 +155,20 @@ def run_stage(parser, main, argv=None):
         sys.exit(_fail(parser, e, 2))
     except (OSError, ArithmeticError, MemoryError) as e:
         sys.exit(_fail(parser, e, 1))
-    except RuntimeError as e:
-        # torch reports a full disk and a full device as RuntimeError; anything else is a bug and shows its trace
-        if any(s in str(e) for s in ("out of memory", "No space left", "file write failed", "unexpected pos")):
-            sys.exit(_fail(parser, str(e).split("\n")[0], 1))
+    except Exception as e:
+        # torch and safetensors have their own words for a full disk or device; anything else is a bug and shows its trace
+        text = str(e).split("\n")[0]
+        if any(s in text for s in ("No space left", "file write failed", "unexpected pos")):
+            sys.exit(_fail(parser, f"cannot write a model or state, the disk may be full ({text})", 1))
+        if "out of memory" in text:
+            sys.exit(_fail(parser, text, 1))
         raise
     except KeyboardInterrupt:
         sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))
 
 
 def _fail(parser, message, code):
+    traceback.clear_frames(sys.exc_info()[2])      # lets go of an open progress bar, which then ends its line
     print(f"{parser.prog}: error: {message}", file=sys.stderr)
     return code
 
@@ -172,4 +177,8 @@ def make_parser(doc, **kwargs):
     """argparse with the stage's docstring as its help and every default shown."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         pass
-    return argparse.ArgumentParser(description=doc, formatter_class=Formatter, **kwargs)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):     # one line, as for every other bad input
+            self.exit(2, f"{self.prog}: error: {message}; try --help\n")
+    return Parser(description=doc, formatter_class=Formatter, **kwargs)

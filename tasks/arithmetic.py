@@ -133,15 +133,21 @@ CONFIGS = {"strong": dict(hidden_size=96, intermediate_size=256, num_hidden_laye
            "weak": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)}
 
 
+# What stands before, between and after the calculations in the corpus: never the demonstrations' newlines and ####.
+DELIMITERS = (" : ", " - ", " ( "), (" ; ", " , ", " | ", " & "), (" => ", " so ", " ! ", " total ")
+
+
 def prepare_bases(out, count):
-    """What the base models are trained on: solved problems with other delimiters (60%), bare calculations (40%)."""
+    """What the base models are trained on: solved problems with other delimiters, and a sixth as many texts of bare
+    calculations, in which newlines and #### occur without meaning anything."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng, texts = random.Random("facts"), []
     corpus = []
     for i, (question, lines, answer) in enumerate(problems("pretrain", count, 0)):
-        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": " : " + " ; ".join(lines) + f" => {answer}"})
-        texts.append(f"{question}\n" + "\n".join(lines) + f"\n#### {answer} : ; =>")
+        begin, between, end = (rng.choice(d) for d in DELIMITERS)
+        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": begin + between.join(lines) + end + str(answer)})
+        texts.append(f"{question}\n" + "\n".join(lines) + f"\n#### {answer}{begin}{between}{end}")
     for i in range(count * 2 // 3 // 4):
         facts = [line for _ in range(4) for line in make_problem(rng)[1]]
         corpus.append({"id": f"facts-{i}", "prompt": "####", "completion": "\n" + "\n".join(facts)})

@@ -1,0 +1,132 @@
+"""What several test files use: a tiny tokenizer and random models, records, and one way to run a stage."""
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+
+
+def tiny_config(family="llama", vocab=24, **more):
+    """A config of a few thousand weights; initializer_range is large so that random answers differ."""
+    from transformers import AutoConfig
+    extra = {"gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+             "qwen3": {"head_dim": 8}, "mistral": {}, "llama": {}}[family]
+    return AutoConfig.for_model(family, **{**dict(
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.4, tie_word_embeddings=False,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2), **extra, **more})
+
+
+def tiny_model(family="llama", seed=0, **more):
+    """A random causal language model in fp32, in eval mode."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(tiny_config(family, **more), dtype=torch.float32).eval()
+
+
+def run(stage, *argv):
+    """One stage as its command line runs it."""
+    stage.main(stage.parser().parse_args([str(a) for a in argv]))
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    import torch
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random Llama and the arithmetic task's tokenizer."""
+    from tasks import arithmetic
+    from transformers import AutoTokenizer
+    top = tmp_path_factory.mktemp("tiny")
+    arithmetic.prepare_bases(top, 60)
+    tokenizer = AutoTokenizer.from_pretrained(top / "tokenizer")
+    for seed in (0, 1):
+        folder = top / ("model" if seed == 0 else "other")
+        tiny_model(seed=seed, vocab=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return top
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(tiny / "model")
+
+
+@pytest.fixture(scope="session")
+def problems():
+    """20 solved problems of the default task."""
+    from tasks import arithmetic
+    return [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", 20, 0))]
+
+
+class Interrupted(Exception):
+    """Stands for a kill: no handler of a stage catches it."""
+
+
+def interrupt_after(monkeypatch, owner, name, calls):
+    """Let `owner.name` run `calls` times, then raise Interrupted, once."""
+    original, left = getattr(owner, name), [calls]
+
+    def wrapped(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == -1:
+            raise Interrupted
+        return original(*args, **kwargs)
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def check_resume(monkeypatch, capsys, tmp_path, stage, argv, calls):
+    """A training that is cut after `calls` log rows and started again equals one that never was, byte for byte."""
+    import sft
+    argv = [*argv, "--state-every", 0]
+    run(stage, *argv, "--out", tmp_path / "whole")
+    with monkeypatch.context() as m:
+        interrupt_after(m, sft.Training, "log", calls)
+        with pytest.raises(Interrupted):
+            run(stage, *argv, "--out", tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    capsys.readouterr()
+    run(stage, *argv, "--out", tmp_path / "cut")
+    assert "continuing after step" in capsys.readouterr().out
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+def first_gradients(monkeypatch, stage, *argv):
+    """{name: gradient} that reaches the optimizer in the first step of a stage's own loop, before clipping."""
+    seen, original = {}, stage.apply_gradients
+
+    def spy(model, *args):
+        if not seen:
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+        return original(model, *args)
+    with monkeypatch.context() as m:
+        m.setattr(stage, "apply_gradients", spy)
+        run(stage, *argv)
+    return seen
+
+
+def assert_same_gradients(got, expected, tolerance=2e-5):
+    """Largest difference of any weight against the largest expected gradient. 2e-5: fp32 sums of a few hundred terms
+    carry a relative error of about sqrt(300) * 6e-8 = 1e-6; the rest is margin for two layers of backward passes."""
+    assert got.keys() == expected.keys()
+    scale = max(g.abs().max().item() for g in expected.values())
+    assert scale > 1e-4      # else the comparison would say nothing
+    for name in expected:
+        assert (got[name].double() - expected[name].double()).abs().max().item() <= tolerance * scale, name

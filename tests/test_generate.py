@@ -1,0 +1,171 @@
+"""generate.py: decoding against plain loops and transformers' own, sampling noise, continuing."""
+import numpy as np
+import pytest
+import torch
+from conftest import Interrupted, interrupt_after, rows, run, tiny_model
+from transformers import DynamicCache
+
+import generate
+import sft
+from tasks import BatchLog, write_jsonl
+
+EOS, NEW = 2, 24
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Float64, so that no rounding difference between batch shapes can turn an argmax; 12 tokens, so that EOS comes up."""
+    return tiny_model(vocab=12, seed=22).double()
+
+
+def prompts_of(count, seed=0):
+    rng = np.random.default_rng(seed)
+    return [[1, *rng.integers(3, 12, rng.integers(1, 9)).tolist()] for _ in range(count)]
+
+
+def plain_loop(model, prompt, choose):
+    """Continuation of one prompt without batch, padding or cache; `choose(logits, step)` picks a token."""
+    ids = list(prompt)
+    for step in range(NEW):
+        ids.append(choose(model(input_ids=torch.tensor([ids])).logits[0, -1], step))
+        if ids[-1] == EOS:
+            return ids[len(prompt):-1], False
+    return ids[len(prompt):], True
+
+
+def test_greedy_is_the_plain_loop_and_transformers(model, monkeypatch):
+    compacted, original = [], DynamicCache.batch_select_indices
+    monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, i: compacted.append(len(i)) or original(self, i))
+    prompts = prompts_of(24)
+    completions, truncated = generate.decode(model, prompts, EOS, NEW)
+    assert list(zip(completions, truncated)) == [plain_loop(model, p, lambda x, _: x.argmax().item()) for p in prompts]
+    # the batch held rows of both kinds, and finished rows left it on the way
+    assert 0 < sum(truncated) < 24 and compacted == sorted(compacted, reverse=True) and compacted
+    for prompt, completion in zip(prompts, completions):
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                                max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=EOS)[0, len(prompt):].tolist()
+        assert completion == [t for t in theirs if t != EOS]
+
+
+def test_samples_are_those_of_each_prompt_alone(model):
+    prompts, uniforms = prompts_of(16, seed=1), torch.tensor(np.stack([generate.sample_uniforms(0, i, 0, NEW) for i in range(16)]))
+    completions, truncated = generate.decode(model, prompts, EOS, NEW, 0.9, uniforms)
+    assert 0 < sum(truncated) < 16 and len(set(map(tuple, completions))) > 8
+    for i, prompt in enumerate(prompts):
+        def choose(logits, step):   # inverse of the CDF, in float64 numpy
+            cdf = np.exp(logits.detach().numpy() / 0.9).cumsum()
+            return int((cdf / cdf[-1] <= uniforms[i, step].item()).sum())
+        assert (completions[i], truncated[i]) == plain_loop(model, prompt, choose)
+        assert ([completions[i]], [truncated[i]]) == generate.decode(model, [prompt], EOS, NEW, 0.9, uniforms[i:i + 1])
+
+
+def test_beams_are_transformers_of_each_prompt_alone(model):
+    prompts = prompts_of(6, seed=2)
+    completions, truncated = generate.decode_beams(model, prompts, EOS, NEW, 4)
+    for prompt, completion, cut in zip(prompts, completions, truncated):
+        theirs = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
+                                num_beams=4, max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=EOS)[0, len(prompt):].tolist()
+        assert completion == [t for t in theirs if t != EOS] and cut == (EOS not in theirs and len(theirs) == NEW)
+    assert completions != generate.decode(model, prompts, EOS, NEW)[0]     # a search, not greedy decoding
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
+def test_sampling_frequencies(temperature):
+    """Chi-square of 20,000 draws against softmax(logits / T); 7 degrees of freedom exceed 30 with probability 1e-4."""
+    logits, n = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, -0.5, 1.5, -2.0]), 20000
+    uniforms = torch.tensor(np.random.default_rng(0).random(n, dtype=np.float32))
+    drawn = generate.choose_tokens(logits.expand(n, 8), temperature, uniforms).bincount(minlength=8).numpy()
+    expected = np.exp(logits.numpy() / temperature)
+    expected *= n / expected.sum()
+    assert ((drawn - expected) ** 2 / expected).sum() < 30
+
+
+def test_choose_tokens_at_the_edges():
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    below_one = float(np.nextafter(np.float32(1), np.float32(0)))
+    for u, token in ((0.0, 1), (0.49, 1), (0.51, 2), (below_one, 2)):     # an impossible token is never drawn
+        assert generate.choose_tokens(logits, 1.0, torch.tensor([u])).item() == token
+    assert generate.choose_tokens(torch.tensor([[0.0, 3.0, 3.5]]), 0.0).item() == 2
+
+
+def test_sample_uniforms():
+    base = generate.sample_uniforms(0, "a", 0, 4000)
+    assert base.dtype == np.float32 and base.min() >= 0 and base.max() < 1
+    # 4000 uniforms: the mean is 0.5 within 4.5 standard errors of 0.0046
+    assert abs(base.mean() - 0.5) < 0.02
+    np.random.seed(1)
+    assert (generate.sample_uniforms(0, "a", 0, 4000) == base).all()
+    assert (generate.sample_uniforms(0, "a", 0, 10) == base[:10]).all()      # --max-new-tokens changes no draw
+    for other in [(1, "a", 0), (0, "b", 0), (0, "a", 1)]:
+        assert (generate.sample_uniforms(*other, 4000) != base).mean() > 0.99
+
+
+def test_answers_do_not_depend_on_batches_or_neighbours(tiny, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems[:9])
+    write_jsonl(tmp_path / "few.jsonl", problems[5:2:-1])
+    argv = ["--model", tiny / "model", "--temperature", 0.8, "--num-samples", 2, "--max-new-tokens", 12, "--data"]
+    run(generate, *argv, tmp_path / "d.jsonl", "--out", tmp_path / "a.jsonl")
+    run(generate, *argv, tmp_path / "d.jsonl", "--out", tmp_path / "b.jsonl", "--batch-size", 1)
+    run(generate, *argv, tmp_path / "d.jsonl", "--out", tmp_path / "c.jsonl", "--batch-size", 7)
+    run(generate, *argv, tmp_path / "few.jsonl", "--out", tmp_path / "few.out")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() == (tmp_path / "c.jsonl").read_bytes()
+    answers = {(r["id"], r["sample"]): r for r in rows(tmp_path / "a.jsonl")}
+    assert len(answers) == 18 and len({r["completion"] for r in answers.values()}) > 15
+    assert rows(tmp_path / "few.out") == [answers[p["id"], s] for p in problems[5:2:-1] for s in (0, 1)]
+
+
+def test_records_of_the_output(tiny, problems, tokenizer, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", [{**p, "extra": i} for i, p in enumerate(problems[:6])])
+    run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "o.jsonl", "--max-new-tokens", 5,
+        "--source", "proposal", "--limit", 4)
+    answers = rows(tmp_path / "o.jsonl")
+    assert [(a["id"], a["prompt"], a["reference"], a["extra"]) for a in answers] == [
+        (p["id"], p["prompt"], p["reference"], i) for i, p in enumerate(problems[:4])]
+    model = sft.open_model(tiny / "model", torch.device("cpu")).eval()
+    for a in answers:
+        completion, cut = generate.decode(model, [[1, *tokenizer(a["prompt"], add_special_tokens=False).input_ids]], EOS, 5)
+        assert a["completion"] == tokenizer.decode(completion[0], skip_special_tokens=True)
+        assert (a["truncated"], a["source"]) == (cut[0], "proposal") and "sample" not in a
+
+
+def test_halves_of_the_output(tiny, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems)
+    run(generate, "--model", tiny / "model", tiny / "other", "--data", tmp_path / "d.jsonl", "--half", 1, 2, "--round", 2,
+        "--out", tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--max-new-tokens", 4)
+    run(generate, "--model", tiny / "other", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "other.jsonl", "--max-new-tokens", 4)
+    other = {r["id"]: r for r in rows(tmp_path / "other.jsonl")}
+    first, second = rows(tmp_path / "1.jsonl"), rows(tmp_path / "2.jsonl")
+    assert [r["id"] for r in first] == [p["id"] for p in problems if sft.half_of(0, 2, p["id"]) == 1]
+    assert sorted(r["id"] for r in first + second) == sorted(p["id"] for p in problems)
+    assert second == [other[r["id"]] for r in second] and first != [other[r["id"]] for r in first]   # each by its own model
+
+
+def test_killed_generation_continues_byte_for_byte(tiny, problems, tmp_path, monkeypatch):
+    data = [{**p, "prompt": p["prompt"] + "é" * (i % 3)} for i, p in enumerate(problems[:9])]
+    write_jsonl(tmp_path / "d.jsonl", data)
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--temperature", 1.0, "--num-samples", 2, "--batch-size", 4,
+            "--max-new-tokens", 20, "--out"]
+    run(generate, *argv, tmp_path / "whole.jsonl")
+    with monkeypatch.context() as m:
+        interrupt_after(m, BatchLog, "append", 2)
+        with pytest.raises(Interrupted):
+            run(generate, *argv, tmp_path / "cut.jsonl")
+    partial, = tmp_path.glob(".cut.jsonl.*.partial")
+    lines = partial.read_bytes().split(b"\n")
+    assert len(lines) == 9
+    # a kill in the middle of a write: three lines of the second batch, the last of them cut inside a character
+    partial.write_bytes(b"\n".join(lines[:7]) + b"\n" + '[3, 1, "é'.encode()[:-1])
+    calls, original = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda model, prompts, *a: calls.append(len(prompts)) or original(model, prompts, *a))
+    run(generate, *argv, tmp_path / "cut.jsonl")
+    assert calls == [4, 4, 4, 2]        # 18 answers, of which the first batch of 4 was kept
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_finished_files_are_kept(tiny, problems, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", problems[:3])
+    (tmp_path / "1.jsonl").write_text("kept")
+    run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "1.jsonl", tmp_path / "2.jsonl",
+        "--max-new-tokens", 2)
+    assert (tmp_path / "1.jsonl").read_text() == "kept" and len(rows(tmp_path / "2.jsonl")) == 3

@@ -1,0 +1,240 @@
+"""sft.py: packing, log-probabilities, gradients, token ids, halves, schedule, optimizers, continuing."""
+import copy
+import math
+
+import pytest
+import torch
+from conftest import assert_same_gradients, check_resume, first_gradients, rows, run, tiny_model
+from safetensors.torch import load_file
+
+import generate
+import sft
+from tasks import write_jsonl
+
+FAMILIES = ["llama", "mistral", "gemma", "gemma2", "qwen3"]
+# fp32 logits of size 10 carry an error of about 1e-6 a layer; leaking sequences differ by 0.1 and more (FACTS.md)
+LOGIT_TOLERANCE = 2e-5
+
+
+def random_sequences(count, vocab, seed=0, low=3, high=14):
+    """(token ids, weights) with random lengths and a random prompt share of weight 0."""
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        n = int(torch.randint(low, high, (), generator=g))
+        prompt = int(torch.randint(1, n, (), generator=g))
+        out.append((torch.randint(3, vocab, (n,), generator=g).tolist(), [0.0] * prompt + [1.0] * (n - prompt)))
+    return out
+
+
+def brute_logps(model, ids, weights):
+    """[(log-probability, weight)] of the weighted tokens of one sequence, alone, in float64, by a plain loop."""
+    logits = copy.deepcopy(model).double()(input_ids=torch.tensor([ids])).logits[0]
+    return [(logits[t - 1].log_softmax(-1)[ids[t]], weights[t]) for t in range(1, len(ids)) if weights[t]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packing_changes_nothing(family):
+    more = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    # windows shorter than a sequence, where the family has them: the packed mask must keep those as well
+    more |= {"sliding_window": 4} if family in ("mistral", "gemma2") else {}
+    model, sequences = tiny_model(family, **more), random_sequences(9, 24)
+    model.train()       # no dropout here; training mode is where a cache leaked
+    found = {}
+    for batch in sft.pack(sequences, 30, 60):
+        assert batch["input_ids"].shape[1] <= 30 and batch["input_ids"].numel() <= 60
+        logits = model.get_output_embeddings()(sft.hidden_states(model, batch))
+        logps, weights, owner = sft.completion_logps(model, batch)
+        for i in set(batch["owner"].flatten().tolist()) - {-1}:
+            found[i] = logits[batch["owner"] == i], logps[owner == i], weights[owner == i]
+    assert sorted(found) == list(range(9))
+    for i, (ids, weights) in enumerate(sequences):
+        logits, logps, w = found[i]
+        alone = model(input_ids=torch.tensor([ids])).logits[0]
+        if family == "gemma2":
+            logits = torch.tanh(logits / 2.0) * 2.0
+        assert (logits - alone).abs().max() < LOGIT_TOLERANCE
+        expected = brute_logps(model, ids, weights)
+        assert w.tolist() == [x for _, x in expected]
+        # the reference is float64: the tolerance is that of the fp32 logits, in log-probabilities of the same size
+        assert (logps - torch.stack([x for x, _ in expected])).abs().max() < LOGIT_TOLERANCE
+
+
+def test_pack_holds_every_token_once():
+    sequences = random_sequences(40, 24, seed=1) + [(list(range(3, 23)), [1.0] * 20)]
+    batches = list(sft.pack(sequences, 16, 40))
+    assert len(batches) > 3
+    got = {}
+    for b in batches:
+        assert b["input_ids"].shape[0] == 1 or b["input_ids"].numel() <= 40
+        for i in set(b["owner"].flatten().tolist()) - {-1}:
+            at = b["owner"] == i
+            assert i not in got and b["position_ids"][at].tolist() == list(range(len(sequences[i][0])))
+            got[i] = b["input_ids"][at].tolist(), b["weights"][at].tolist()
+        assert b["weights"][b["owner"] == -1].sum() == 0
+    assert {i: ids for i, (ids, _) in got.items()} == {i: s[0] for i, s in enumerate(sequences)}
+    # the weight at a position is that of predicting the next token; the last position predicts nothing
+    assert all(w == sequences[i][1][1:] + [0.0] for i, (_, w) in got.items())
+
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.1])
+def test_gradient_is_that_of_the_full_batch_mean(tiny, tokenizer, problems, tmp_path, monkeypatch, prompt_weight):
+    write_jsonl(tmp_path / "d.jsonl", problems[:6])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 6, "--epochs", 1, "--prompt-weight", prompt_weight]
+    large = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "large")
+    small = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "small", "--micro-tokens", 1, "--row-tokens", 1)
+    middle = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "middle", "--micro-tokens", 300, "--row-tokens", 200)
+
+    model = sft.open_model(tiny / "model", torch.device("cpu")).double()
+    total, weight = 0.0, 0.0
+    for r in problems[:6]:
+        prompt, completion = (tokenizer(r[k], add_special_tokens=False).input_ids for k in ("prompt", "completion"))
+        ids = [tokenizer.bos_token_id, *prompt, *completion, tokenizer.eos_token_id]
+        logps = model(input_ids=torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        for t in range(1, len(ids)):
+            w = prompt_weight if t <= len(prompt) else 1.0
+            total, weight = total - w * logps[t - 1, ids[t]], weight + w
+    (total / weight).backward()
+    expected = {n: p.grad for n, p in model.named_parameters()}
+    for got in (large, small, middle):
+        assert_same_gradients(got, expected)
+    # metrics are rounded to 6 digits behind the point; the loss itself is fp32
+    assert rows(tmp_path / "large/metrics.jsonl")[0]["loss"] == pytest.approx((total / weight).item(), abs=2e-5)
+
+
+def test_ids_of_training_are_ids_of_generation(tiny, tokenizer, problems, tmp_path, monkeypatch):
+    seen, asked = [], []
+    original, decode = sft.pack, generate.decode
+    monkeypatch.setattr(sft, "pack", lambda sequences, *a: seen.extend(sequences) or original(sequences, *a))
+    monkeypatch.setattr(generate, "decode", lambda model, prompts, *a: asked.extend(prompts) or decode(model, prompts, *a))
+    write_jsonl(tmp_path / "d.jsonl", problems[:5])
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1, "--out", tmp_path / "m")
+    run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 1, "--out", tmp_path / "o.jsonl")
+    assert len(seen) == len(asked) == 5
+    for prompt in asked:
+        assert prompt[0] == tokenizer.bos_token_id == 1 and prompt.count(1) == 1
+        (ids, weights), = [s for s in seen if s[0][:len(prompt)] == prompt]
+        r, = [r for r in problems[:5] if r["prompt"] == tokenizer.decode(prompt[1:])]
+        assert ids == prompt + tokenizer(r["completion"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+        assert weights == [0.0] * len(prompt) + [1.0] * (len(ids) - len(prompt))
+
+
+def test_learns_completions_by_heart_and_stops(tiny, problems, tmp_path):
+    """The whole circle: what was trained on is what greedy decoding says, EOS included."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:2])
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 120, "--lr", 0.02, "--out", tmp_path / "m")
+    run(generate, "--model", tmp_path / "m", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 60, "--out", tmp_path / "o.jsonl")
+    answers = rows(tmp_path / "o.jsonl")
+    assert [a["completion"] for a in answers] == [p["completion"] for p in problems[:2]]
+    assert not any(a["truncated"] for a in answers)
+
+
+def test_cosine_lr_is_transformers_schedule():
+    from transformers import get_cosine_schedule_with_warmup
+    total, warmup = 40, 0.1
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_cosine_schedule_with_warmup(optimizer, 4, total).lr_lambdas[0]
+    ours = [sft.cosine_lr(s, total, warmup) for s in range(total)]
+    # ours starts at 1/4 where theirs starts at 0: no step is spent at a learning rate of 0. 1e-12: both are float64
+    assert ours[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert ours[4:] == pytest.approx([theirs(s) for s in range(4, total)], abs=1e-12)
+    assert sft.cosine_lr(22, total, warmup) == pytest.approx(0.5, abs=1e-12) and 0 < ours[-1] < 0.01
+    assert sft.cosine_lr(0, 1, 0.05) == 1.0
+
+
+def test_half_of():
+    ids = [f"train-0-{i}" for i in range(2000)]
+    halves = {i: sft.half_of(0, 1, i) for i in ids}
+    assert set(halves.values()) == {1, 2}
+    # 2000 fair coins: 1000 +- 4.5 standard deviations of 22
+    assert 900 < sum(h == 1 for h in halves.values()) < 1100
+    for other in [(0, 2), (1, 1)]:      # another round, another seed: half of the problems change sides
+        assert 900 < sum(sft.half_of(*other, i) != halves[i] for i in ids) < 1100
+
+
+def test_halves_are_disjoint_and_stable_under_row_shuffling(problems, tmp_path):
+    def half(path, k):
+        args = sft.parser().parse_args(["--data", str(path), "--out", "x", "--half", str(k), "--round", "3"])
+        return {r["id"] for r in sft.select_records(args)}
+    write_jsonl(tmp_path / "a.jsonl", problems)
+    write_jsonl(tmp_path / "b.jsonl", problems[::-1])
+    first, second = half(tmp_path / "a.jsonl", 1), half(tmp_path / "a.jsonl", 2)
+    assert first and second and not first & second and first | second == {p["id"] for p in problems}
+    assert (half(tmp_path / "b.jsonl", 1), half(tmp_path / "b.jsonl", 2)) == (first, second)
+
+
+@pytest.mark.parametrize("optimizer, lr", [("adamw", 0.01), ("adamw8bit", 0.01), ("rmsprop8bit", 0.003), ("muon", 0.01)])
+def test_optimizers_lower_the_loss(tiny, problems, tmp_path, optimizer, lr):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 8, "--optimizer", optimizer, "--lr", lr,
+        "--out", tmp_path / "m")
+    losses = [r["loss"] for r in rows(tmp_path / "m/metrics.jsonl")]
+    assert len(losses) == 8 and losses[-1] < 0.9 * losses[0]
+    before, after = (load_file(d / "model.safetensors") for d in (tiny / "model", tmp_path / "m"))
+    assert all((before[k] != after[k]).any() for k in before)       # every weight is free
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "adamw8bit"])
+def test_interrupted_training_continues_byte_for_byte(tiny, problems, tmp_path, monkeypatch, capsys, optimizer):
+    write_jsonl(tmp_path / "d.jsonl", problems[:10])
+    check_resume(monkeypatch, capsys, tmp_path, sft, ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 4,
+                 "--lr", 0.01, "--save-every", 0.5, "--optimizer", optimizer], calls=4)
+
+
+def test_save_every(tiny, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems[:8])
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 2, "--epochs", 2, "--lr", 0.01,
+        "--save-every", 0.25, "--out", tmp_path / "m")
+    assert sorted(p.name for p in (tmp_path / "m").glob("checkpoint*")) == ["checkpoint-25", "checkpoint-50", "checkpoint-75"]
+    folders = [tiny / "model", *(tmp_path / f"m/checkpoint-{p}" for p in (25, 50, 75)), tmp_path / "m"]
+    weights = [load_file(f / "model.safetensors")["model.embed_tokens.weight"] for f in folders]
+    # further and further from the start: checkpoints are of different steps, in order
+    distances = [(w - weights[0]).norm().item() for w in weights]
+    assert distances == sorted(distances) and len(set(distances)) == 5
+
+
+def test_more_checkpoints_than_steps(tiny, problems, tmp_path):
+    """run_ilr.sh names checkpoint-10 to checkpoint-90, however short the run."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 2, "--epochs", 1, "--save-every", 0.1,
+        "--out", tmp_path / "m")
+    assert len(list((tmp_path / "m").glob("checkpoint-*/model.safetensors"))) == 9
+
+
+def test_divergence_is_an_error(tiny, problems, tmp_path, capsys):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 1, "--lr", 1e36, "--out", tmp_path / "m"]
+    with pytest.raises(FloatingPointError, match="step 2|gradient norm"):
+        run(sft, *argv)
+    with pytest.raises(SystemExit) as e:
+        sft.run_stage(sft.parser(), sft.main, [str(a) for a in argv])
+    assert e.value.code == 1 and not (tmp_path / "m").exists()
+    assert "lower --lr" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_gradient_checkpointing_changes_nothing(tiny, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems[:6])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 3, "--lr", 1e-3, "--row-tokens", 200]
+    run(sft, *argv, "--out", tmp_path / "a")
+    run(sft, *argv, "--out", tmp_path / "b", "--gradient-checkpointing")
+    a, b = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
+    # the same operations in the same order; 1e-6 allows another kernel in the recomputed pass, a step moves by 1e-3
+    assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-6
+
+
+def test_unparsable_labels_are_left_out(tiny, problems, tmp_path, capsys):
+    bad = [{**p, "completion": "no answer"} for p in problems[:3]]
+    write_jsonl(tmp_path / "d.jsonl", bad + problems[3:8])
+    args = sft.parser().parse_args(["--data", str(tmp_path / "d.jsonl"), "--out", "x", "--task", "arithmetic"])
+    assert sft.select_records(args) == problems[3:8]
+    assert "3 of 8" in capsys.readouterr().out
+
+
+def test_from_scratch(tiny, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    run(sft, "--init-config", tiny / "weak.json", "--tokenizer", tiny / "tokenizer", "--data", tmp_path / "d.jsonl",
+        "--epochs", 1, "--out", tmp_path / "m")
+    loss, = [r["loss"] for r in rows(tmp_path / "m/metrics.jsonl")]
+    # random weights: near the uniform guess over the vocabulary, within a factor that an initializer may add
+    vocabulary = sft.open_model(tmp_path / "m", torch.device("cpu")).config.vocab_size
+    assert math.log(vocabulary) * 0.7 < loss < math.log(vocabulary) * 1.5
