@@ -53,8 +53,9 @@ def probabilities(model, sequences, args, device):
 
 
 def average_orders(prob_b_ab, prob_b_ba):
-    """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2): position bias cancels."""
-    return (prob_b_ab + 1 - prob_b_ba) / 2
+    """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2): position bias cancels, and the
+    inner brackets make it cancel exactly."""
+    return (1 + (prob_b_ab - prob_b_ba)) / 2
 
 
 # ---------------------------------------------------------------- train

@@ -53,15 +53,20 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
     return open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs).to(device)
 
 
+def text_ids(tokenizer, text):
+    """Token ids of plain text: a "</s>" that a model wrote is five characters here, never the end of a sequence."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, BOS first where the tokenizer has one: the same in training, generation and judging."""
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(prompt, add_special_tokens=False).input_ids
+    return bos + text_ids(tokenizer, prompt)
 
 
 def encode_completion(tokenizer, completion):
     """Token ids of a completion, EOS last. Tokenized apart from the prompt, so that the border never merges."""
-    return tokenizer(completion, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
 
 
 def half_of(seed, round_, id_):

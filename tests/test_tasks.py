@@ -1,4 +1,5 @@
 """tasks/: the record format and the generator of the default task."""
+import hashlib
 import json
 import re
 
@@ -22,6 +23,9 @@ def test_splits_are_disjoint_and_deterministic(tmp_path):
     texts = {n: {r["prompt"] for f in files.values() for r in f[n]} for n in ("train", "validation", "test")}
     texts["pretrain"] = {question + "\n" for question, _, _ in arithmetic.problems("pretrain", 300, 0)}
     assert sum(map(len, texts.values())) == len(set().union(*texts.values()))
+    # nor can it ever be: the hashes of two splits share no residue
+    residues = [{int(hashlib.sha256(t[:-1].encode()).hexdigest(), 16) % 10 for t in split} for split in texts.values()]
+    assert sum(map(len, residues)) == len(set.union(*residues)) == 10
     assert all(len({r["prompt"] for r in a[n]}) == len({r["id"] for r in a[n]}) == len(a[n]) for n in names)
 
 
@@ -46,7 +50,7 @@ def test_gold_completions_are_right():
 
 def test_tokenizer_round_trip_and_lengths(tokenizer, problems):
     import sft
-    for text in [r[k] for r in problems for k in ("prompt", "completion")] + ["  é\t日本\n\n#### -1,000 ", "</s>x"[4:]]:
+    for text in [r[k] for r in problems for k in ("prompt", "completion")] + ["  é\t日本\n\n#### -1,000 ", "a <b> & 'c'"]:
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     for r in problems:
         assert len(sft.encode_prompt(tokenizer, r["prompt"])) <= arithmetic.MAX_PROMPT_TOKENS
@@ -113,12 +117,7 @@ def test_get_task_refuses_what_is_no_task():
         tasks.get_task("../sft")
     for name in tasks.TASKS:
         task = tasks.get_task(name)
-        for attribute in ("prepare", "main"):
-            if hasattr(task, attribute):
-                break
-        else:
-            pytest.fail(f"{name} makes no data")
-        assert all(hasattr(task, a) for a in ("grade", "agree", "is_well_formed", "MAX_PROMPT_TOKENS", "MAX_NEW_TOKENS"))
+        assert all(hasattr(task, a) for a in ("main", "grade", "agree", "is_well_formed", "MAX_PROMPT_TOKENS", "MAX_NEW_TOKENS"))
 
 
 # ---------------------------------------------------------------- unfinished work

@@ -1,0 +1,268 @@
+"""What goes wrong is said in one line, with the exit code that belongs to it, and leaves nothing behind."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compare
+import dpo
+import evaluate
+import generate
+import refine
+import sft
+import tasks
+from tasks import arithmetic
+
+from conftest import ROOT, tiny_config
+
+STAGES = {"sft": sft, "generate": generate, "compare": compare, "refine": refine, "dpo": dpo, "evaluate": evaluate,
+          "tasks/arithmetic": arithmetic}
+
+
+@pytest.fixture(scope="module")
+def good(tiny, problems, tmp_path_factory):
+    """A folder with one good input of every kind; `{name}` in an argument stands for the file."""
+    top = tmp_path_factory.mktemp("good")
+    labels = problems[:6]
+    tasks.write_jsonl(top / "labels.jsonl", labels)
+    tasks.write_jsonl(top / "proposals.jsonl", [{**r, "completion": "1+1=2\n#### 2"} for r in labels])
+    tasks.write_jsonl(top / "samples.jsonl", [{**r, "sample": s, "completion": f"#### {s}"} for r in labels for s in (0, 1)])
+    tasks.write_jsonl(top / "comparisons.jsonl", [
+        {"id": r["id"], "pair": 0, "prompt": r["prompt"], "completion_a": r["completion"], "completion_b": "#### 2", "agree": False,
+         "prob_b_ab": 0.8, "prob_b_ba": 0.1, "prob_b": 0.85} for r in labels])
+    tasks.write_jsonl(top / "pairs.jsonl", [{"id": r["id"], "prompt": r["prompt"], "chosen": r["completion"], "rejected": "#### 0"}
+                                            for r in labels])
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    judge = AutoModelForSequenceClassification.from_config(tiny_config(vocab=len(tokenizer), num_labels=2))
+    for part in (judge, tokenizer):
+        part.save_pretrained(top / "judge")
+    tasks.write_json(top / "judge/judge.json", {})
+    (top / "no_model").mkdir()
+    (top / "torn").mkdir()
+    for path in (tiny / "model").iterdir():
+        (top / "torn" / path.name).write_bytes(path.read_bytes()[:5000 if path.suffix == ".safetensors" else None])
+    for name in ("model", "tokenizer", "weak.json"):
+        (top / name).symlink_to(tiny / name)
+    return top
+
+
+COMMANDS = {     # stage and input that is spoiled -> its command, {bad} standing for the spoiled file
+    "sft labels": "sft --model {model} --data {bad} --task arithmetic --out {out}",
+    "generate labels": "generate --model {model} --data {bad} --out {out}",
+    "compare samples": "compare train --model {model} --task arithmetic --data {bad} --gold {labels.jsonl} --out {out}",
+    "compare labels": "compare train --model {model} --task arithmetic --data {samples.jsonl} --gold {bad} --out {out}",
+    "compare labels a": "compare score --judge {judge} --task arithmetic --a {bad} --b {proposals.jsonl} --out {out}",
+    "compare proposals": "compare score --judge oracle --task arithmetic --a {labels.jsonl} --b {bad} --out {out}",
+    "compare samples a": "compare score --judge oracle --task arithmetic --a {bad} --out {out}",
+    "refine labels": "refine --labels {bad} --comparisons {comparisons.jsonl} --task arithmetic --out {out}",
+    "refine comparisons": "refine --labels {labels.jsonl} --comparisons {bad} --task arithmetic --out {out}",
+    "refine comparisons pairs": "refine --method pairs --comparisons {bad} --task arithmetic --out {out}",
+    "refine proposals": "refine --method naive --labels {labels.jsonl} --proposals {bad} --task arithmetic --out {out}",
+    "dpo pairs": "dpo --model {model} --data {bad} --out {out}",
+    "evaluate labels": "evaluate grade --task arithmetic --data {bad} --out {out}",
+}
+FIELDS = {"dpo pairs": "rejected", "refine comparisons": "agree", "refine comparisons pairs": "pair", "generate labels": "prompt",
+          "compare samples a": "sample", "evaluate labels": "reference"}
+
+
+def spoil(lines, how, field):
+    """(lines, what the message must say after the file's name)"""
+    second = json.loads(lines[1])
+    if how == "malformed JSON":
+        return [lines[0], lines[1][:-9], *lines[2:]], ":2: not JSON"
+    if how == "missing field":
+        second.pop(field)
+        return [lines[0], json.dumps(second), *lines[2:]], f":2: field '{field}' is missing"
+    if how == "duplicate id":
+        return [*lines, lines[1]], f":{len(lines) + 1}: id \"{second['id']}\""
+    if how == "a list":
+        return [lines[0], "[1, 2]"], ":2: expected a JSON object"
+    return [], ": holds no records"                    # an empty file
+
+
+def listing(*tops):
+    return sorted(str(p) for top in tops for p in Path(top).rglob("*"))
+
+
+def fill(command, good, **names):
+    """The words of a command; {name} is one of `names`, or else a file of `good`."""
+    return [re.sub(r"\{(.+?)\}", lambda m: str(names.get(m[1]) or good / m[1]), word) for word in command.split()]
+
+
+def refused(command, good, tmp_path, capsys, code=2, **names):
+    """Run a command that must fail: its one line of stderr. Nothing may be left in tmp_path or good."""
+    words = fill(command, good, out=tmp_path / "new/out", **names)
+    stage = STAGES[words[0]]
+    before = listing(good, tmp_path)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        tasks.run_stage(stage.parser(), stage.main, words[1:])
+    said = capsys.readouterr().err
+    assert ended.value.code == code, said
+    assert len(said.splitlines()) == 1 and said.startswith(words[0] + ".py"), said
+    assert listing(good, tmp_path) == before
+    return said
+
+
+@pytest.mark.parametrize("how", ["malformed JSON", "missing field", "duplicate id", "a list", "empty file"])
+@pytest.mark.parametrize("name", COMMANDS)
+def test_spoiled_file(name, how, good, tmp_path, capsys):
+    kind = name.split()[1]
+    lines, message = spoil((good / f"{kind}.jsonl").read_text().splitlines(), how, FIELDS.get(name, "completion"))
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join(line + "\n" for line in lines))
+    assert f"{bad}{message}" in refused(COMMANDS[name], good, tmp_path, capsys, bad=bad)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_missing_file(name, good, tmp_path, capsys):
+    assert "nowhere.jsonl: No such file" in refused(COMMANDS[name], good, tmp_path, capsys, bad=tmp_path / "nowhere.jsonl")
+
+
+@pytest.mark.parametrize("folder", ["no_model", "tokenizer", "torn", "nowhere"])
+@pytest.mark.parametrize("name", ["sft labels", "generate labels", "dpo pairs", "compare samples"])
+def test_folder_that_is_no_model(name, folder, good, tmp_path, capsys):
+    command = COMMANDS[name].replace("{model}", "{%s}" % folder).replace("{bad}", "{%s.jsonl}" % name.split()[1])
+    many = tmp_path / "many.jsonl"      # enough problems for the judge's three splits
+    tasks.write_jsonl(many, [{**r, "completion": "#### 0"} for r in arithmetic_records(30)])
+    tasks.write_jsonl(tmp_path / "gold.jsonl", arithmetic_records(30))
+    command = command.replace("{samples.jsonl}", str(many)).replace("{labels.jsonl}", str(tmp_path / "gold.jsonl"))
+    assert f"{good / folder}: not a model folder" in refused(command, good, tmp_path, capsys)
+
+
+def arithmetic_records(count):
+    return [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", count, 0))]
+
+
+@pytest.mark.parametrize("folder", ["model", "no_model", "nowhere"])
+def test_folder_that_is_no_judge(folder, good, tmp_path, capsys):
+    command = COMMANDS["compare labels a"].replace("{judge}", "{%s}" % folder).replace("{bad}", "{labels.jsonl}")
+    assert f"--judge {good / folder}: " in refused(command, good, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("name, change", [     # more proposals than labels, or gold than samples, is no mistake
+    ("compare proposals", "one less"), ("compare proposals", "one more"), ("refine comparisons", "one less"),
+    ("refine comparisons", "one more"), ("refine proposals", "one less"), ("compare labels", "one less")])
+def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
+    lines = (good / f"{name.split()[1]}.jsonl").read_text().splitlines()
+    first, bad = json.loads(lines[0]), tmp_path / "bad.jsonl"
+    if change == "one less":
+        lines = lines[1:]
+    else:
+        lines.append(json.dumps({**first, "id": "another"}))
+    bad.write_text("\n".join(lines) + "\n")
+    said = refused(COMMANDS[name], good, tmp_path, capsys, bad=bad)
+    assert str(bad) in said and f"id {first['id'] if change == 'one less' else 'another'} " in said
+
+
+@pytest.mark.parametrize("command, message", [
+    ("sft --data {labels.jsonl} --out {out}", "give either --model, or --init-config"),
+    ("sft --model {model} --init-config {weak.json} --data {labels.jsonl} --out {out}", "give either --model, or --init-config"),
+    ("sft --init-config {weak.json} --data {labels.jsonl} --out {out}", "together with --tokenizer"),
+    ("sft --init-config {labels.jsonl} --tokenizer {tokenizer} --data {labels.jsonl} --out {out}", "l: not the JSON of a model"),
+    ("sft --init-config {nowhere} --tokenizer {tokenizer} --data {labels.jsonl} --out {out}", "nowhere: not the JSON of a model"),
+    ("sft --model {model} --data {labels.jsonl} --out {no_model}", "exists: delete it, or choose another name"),
+    ("sft --model {model} --data {labels.jsonl} --out {out} --half 3", "argument --half: invalid choice: 3"),
+    ("sft --model {model} --data {labels.jsonl} --out {out} --lr fast", "argument --lr: invalid float value: 'fast'"),
+    ("sft --model {model} --data {labels.jsonl} --out {out} --task french", "--task french: there is no tasks/french.py"),
+    ("sft --model {model} --data {labels.jsonl} --out {out} --max-length 3", "labels.jsonl: no record fits --max-length 3"),
+    ("generate --model {model} --data {labels.jsonl} --out {out} --num-samples 2", "--num-samples above 1 needs a --temperature"),
+    ("generate --model {model} --data {labels.jsonl} --out {out} --num-beams 2 --temperature 1", "--num-beams above 1 goes with"),
+    ("generate --model {model} {model} --data {labels.jsonl} --out {out}", "--model has 2 values"),
+    ("generate --model {model} --data {labels.jsonl} --out {out} --max-prompt-tokens 3", "raise --max-prompt-tokens"),
+    ("generate --model {model} --data {labels.jsonl}", "the following arguments are required: --out"),
+    ("compare score --judge oracle --task french --a {labels.jsonl} --b {proposals.jsonl} --out {out}", "no tasks/french.py"),
+    ("compare score --judge oracle --task arithmetic --a {labels.jsonl} --b {proposals.jsonl} {proposals.jsonl} --out {out}",
+     "stands already in another file of --b"),
+    ("compare train --model {model} --task arithmetic --data {samples.jsonl} --gold {labels.jsonl} --out {out} --optimizer sgd",
+     "argument --optimizer: invalid choice"),
+    ("refine --method pairs --labels {labels.jsonl} --task arithmetic --out {out}", "--method pairs needs --comparisons"),
+    ("refine --method naive --labels {labels.jsonl} --task arithmetic --out {out}", "--method naive needs --proposals"),
+    ("refine --labels {labels.jsonl} --comparisons {comparisons.jsonl} --task french --out {out}", "no tasks/french.py"),
+    ("refine --labels {labels.jsonl} --comparisons {comparisons.jsonl} --task arithmetic --max-replace 1.5 --out {out}",
+     "--max-replace 1.5"),
+    ("refine --labels {proposals.jsonl} --comparisons {comparisons.jsonl} --task arithmetic --out {out}", "is not the label in"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --max-length 3", "pairs.jsonl: no pair fits --max-length 3"),
+    ("dpo --model {model} --reference {no_model} --data {pairs.jsonl} --out {out}", "no_model: not a model folder"),
+    ("evaluate grade --task french --data {labels.jsonl} --out {out}", "no tasks/french.py"),
+    ("evaluate report {no_model}", "no graded answers in"),
+    ("evaluate nothing", "invalid choice: 'nothing'"),
+    ("tasks/arithmetic --out {out} --train 5 --gt 5", "--gt 5 must lie between 0 and --train 5"),
+])
+def test_arguments_that_cannot_be(command, message, good, tmp_path, capsys):
+    assert message in refused(command, good, tmp_path, capsys)
+
+
+def stage(words, **more):
+    """A stage as a process of its own."""
+    return subprocess.run([sys.executable, ROOT / f"{words[0]}.py", *words[1:]], capture_output=True, text=True, **more)
+
+
+def test_one_process_ends_as_the_functions_do(good, tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"id": 1}\n')
+    done = stage(fill(COMMANDS["refine labels"], good, bad=tmp_path / "bad.jsonl", out=tmp_path / "out"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"refine.py: error: {tmp_path}/bad.jsonl:1: field 'prompt' is missing\n"
+
+
+@pytest.mark.parametrize("name", ["sft labels", "dpo pairs"])
+def test_a_loss_that_is_no_number(name, good, tmp_path):
+    out = tmp_path / "out"
+    done = stage([*fill(COMMANDS[name], good, bad=good / f"{name.split()[1]}.jsonl", out=out), "--lr", "1e30", "--epochs", "4"])
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not out.exists()
+    last = done.stderr.splitlines()[-1]                # before it: the progress bar, on its own line
+    assert re.fullmatch(r"(sft|dpo)\.py: error: the (loss|gradient norm) is (nan|inf).*: lower --lr.*", last), done.stderr
+    assert done.stderr.count("error") == 1
+
+
+# ---------------------------------------------------------------- a full disk
+@pytest.fixture
+def small_disk(tmp_path):
+    """fill(bytes to leave free) -> a file to delete, on a disk of 8 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.strip()}")
+
+    def leave(free):
+        (disk / "filler").write_bytes(b"")
+        space = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes(space.f_bavail * space.f_frsize - free))
+        return disk / "filler"
+    yield leave
+    subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("command, free", [
+    ("sft --model {model} --data {labels.jsonl} --out {out} --epochs 2", 0),                         # the first row of metrics
+    ("sft --model {model} --data {labels.jsonl} --out {out} --epochs 2", 20_000),                    # the model
+    ("sft --model {model} --data {labels.jsonl} --out {out} --epochs 2 --state-every 0", 20_000),    # the resumable state
+    ("generate --model {model} --data {labels.jsonl} --out {out} --max-new-tokens 30", 0),
+    ("generate --model {model} --data {labels.jsonl} --out {out} --max-new-tokens 30", 4096),
+    ("compare score --judge {judge} --task arithmetic --a {labels.jsonl} --b {proposals.jsonl} --out {out}", 0),
+    ("compare score --judge {judge} --task arithmetic --a {labels.jsonl} --b {proposals.jsonl} --out {out}", 4096),
+    ("refine --labels {labels.jsonl} --comparisons {comparisons.jsonl} --task arithmetic --out {out}", 0),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out}", 20_000),
+])
+def test_a_full_disk(command, free, good, small_disk, tmp_path, capsys):
+    filler, out = small_disk(free), tmp_path / "disk/out"
+    words = fill(command, good, out=out)
+    code = STAGES[words[0]]
+    with pytest.raises(SystemExit) as ended:
+        tasks.run_stage(code.parser(), code.main, words[1:])
+    said = capsys.readouterr().err
+    assert ended.value.code == 1 and re.search("No space left|disk may be full", said.splitlines()[-1]), said
+    assert said.count(".py: error:") == 1 and not out.exists()
+    filler.unlink()
+    tasks.run_stage(code.parser(), code.main, words[1:])        # the same command, now that there is room
+    capsys.readouterr()
+    whole = tmp_path / "whole"
+    tasks.run_stage(code.parser(), code.main, fill(command, good, out=whole)[1:])
+    files = [{p.name: p.read_bytes() for p in ([top] if top.is_file() else top.iterdir())} for top in (out, whole)]
+    assert sorted(files[0].values()) == sorted(files[1].values())

@@ -1,0 +1,146 @@
+"""The whole chain by run_ilr.sh, at a size that means nothing and takes a minute."""
+import json
+import shutil
+
+import pytest
+
+from kill_test import TINY, call, contents, differences, finished_run
+
+JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", ".png")
+
+
+@pytest.fixture(scope="module")
+def finished():
+    return finished_run()
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run that a test may change, and the same base models."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run", finished[1]
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_file_is_there_and_none_is_half_written(finished):
+    out, bases = finished
+    report = (out / "report.md").read_text()
+    assert "| ILR |" in report and "| DPO |" in report and "(test_accuracy.png)" in report and "(label_accuracy.png)" in report
+    for figure in ("test_accuracy.png", "label_accuracy.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG") and (out / figure).stat().st_size > 5000
+    numbers = json.loads((out / "report.json").read_text())
+    assert set(numbers["tests"]) == {"weak", "gold", "sft", "ilr_1", "dpo_1"} and numbers["n_test"] == TINY["TEST"]
+    assert set(numbers["labels"]) == {"weak", "ilr_1"} and list(numbers["judges"]) == ["0"]
+    config = json.loads((out / "config.json").read_text())
+    assert config["settings"]["ALPHA"] == "0.15" and config["settings"]["TRAIN"] == str(TINY["TRAIN"]) and config["code"]
+    litter = (".partial", ".writing", ".pt", ".out", ".err")
+    assert [p for top in finished for p in top.rglob("*") if p.name.endswith(litter)] == []
+    run = out / "seed_0"
+    for model in ("weak/model", "weak/model/checkpoint-10", "judge/model", "sft/model_1", "gold/model_1", "ilr_1/half_1",
+                  "ilr_1/half_2", "ilr_1/model_1", "dpo_1/model_1"):
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (run / model).iterdir()}, model
+    for path in run.rglob("*.jsonl"):
+        text = path.read_text()
+        assert text.endswith("\n") and all(isinstance(json.loads(line), dict) for line in text.splitlines()), path
+    unlab = [json.loads(line)["id"] for line in (run / "data/unlab.jsonl").open()]
+    for labels in ("weak/labels.jsonl", "ilr_1/labels.jsonl"):
+        assert [json.loads(line)["id"] for line in (run / labels).open()] == unlab and len(unlab) == TINY["TRAIN"] - TINY["GT"]
+    refined = [json.loads(line) for line in (run / "ilr_1/labels.jsonl").open()]
+    assert 0 < sum(r["accepted"] for r in refined) < len(refined)     # else the chain would show nothing of refinement
+
+
+def test_a_second_call_changes_no_byte(finished):
+    out, bases = finished
+    before = [everything(top) for top in finished]
+    again = call(out, bases, **TINY)
+    assert again.returncode == 0, again.stderr
+    after = [everything(top) for top in finished]
+    for folder in (*before, *after):
+        folder.pop(".progress", None)      # the order in which two lanes said where they are
+    assert [differences(a, b) for a, b in zip(before, after)] == [[], []]
+    places = [line for line in again.stdout.splitlines() if line.startswith("[")]
+    assert len(places) > 30 and all(line.endswith(": complete") for line in places)
+
+
+def test_another_setting_is_refused_by_name_and_more_rounds_are_not(copied):
+    out, bases = copied
+    before = everything(out)
+    refused = call(out, bases, **{**TINY, "ALPHA": 0.3})
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert "ALPHA was '0.15', is '0.3'" in refused.stderr and str(out) in refused.stderr
+    assert differences(before, everything(out)) == []
+    more = call(out, bases, **{**TINY, "METHODS": "ilr", "ROUNDS": 2})
+    assert more.returncode == 0, more.stdout + more.stderr
+    assert "ilr_2" in json.loads((out / "report.json").read_text())["tests"]
+    now = everything(out)
+    assert [n for n in differences(before, {k: v for k, v in now.items() if k in before})
+            if n.split()[0].startswith("seed_0/")] == []
+
+
+def test_a_failed_stage_ends_the_run_and_says_which(copied):
+    out, bases = copied
+    shutil.rmtree(out / "seed_0/dpo_1")
+    (out / "seed_0/sft/model_1/model.safetensors").write_bytes(b"broken")
+    failed = call(out, bases, **TINY)
+    assert failed.returncode != 0 and "Traceback" not in failed.stderr
+    assert "model_1: not a model folder" in failed.stderr and "stage seed_0/dpo_1/sample failed (exit 2)" in failed.stderr
+    assert not list((out / "seed_0/dpo_1").glob("*"))
+
+
+def test_scrambled_references_and_one_job_change_nothing(finished, tmp_path):
+    """Everything from the weak labels on is made again, one stage after the other, with every reference of D_unlab wrong."""
+    out, bases = finished
+    shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns(
+        "sft", "gold", "ilr_1", "dpo_1", "judge", "report*", "*.png", "labels*", "eval*"))
+    unlab = tmp_path / "run/seed_0/data/unlab.jsonl"
+    records = [json.loads(line) for line in unlab.open()]
+    wrong = [str(1000 + int(r["reference"])) for r in records[1:] + records[:1]]
+    unlab.write_text("".join(json.dumps({**r, "reference": w}, ensure_ascii=False) + "\n" for r, w in zip(records, wrong)))
+    done = call(tmp_path / "run", bases, **{**TINY, "JOBS": 1})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": complete") == 5     # corpus, two base models, data, weak model: the rest is new
+
+    def unreferenced(top):
+        files = contents(top, lambda p: not p.name.endswith(JUDGED_BY_REFERENCE))
+        return {name: [{k: v for k, v in json.loads(line).items() if k != "reference"} for line in data.splitlines()]
+                if name.endswith(".jsonl") else data for name, data in files.items()}
+    a, b = unreferenced(out), unreferenced(tmp_path / "run")
+    assert differences(a, b) == []
+    assert {"seed_0/weak/labels.jsonl", "seed_0/judge/model/model.safetensors", "seed_0/ilr_1/model_1/model.safetensors",
+            "seed_0/ilr_1/comparisons.jsonl", "seed_0/dpo_1/preferences.jsonl", "seed_0/dpo_1/model_1/model.safetensors",
+            "seed_0/ilr_1/eval_1.jsonl"} <= set(a)
+    # what does not come from D_unlab is the same to the last byte, with one job and with two
+    same = [{n: d for n, d in contents(top).items() if n.startswith(("seed_0/judge/", "seed_0/weak/eval", "seed_0/gold/"))}
+            for top in (out, tmp_path / "run")]
+    assert same[0] and differences(*same) == []
+    # and the scrambling did reach what references are for
+    assert contents(out)["seed_0/weak/labels.graded.jsonl"] != contents(tmp_path / "run")["seed_0/weak/labels.graded.jsonl"]
+
+
+def test_help_and_dry_run_leave_nothing_behind(tmp_path):
+    out, bases = tmp_path / "run", tmp_path / "bases"
+    shown = call(out, bases, "--help", **TINY)
+    assert shown.returncode == 0 and "ALPHA" in shown.stdout and "0.15" in shown.stdout and str(out) in shown.stdout
+    dry = call(out, bases, "--dry-run", **{**TINY, "ROUNDS": 2, "SEEDS": "0 1"})
+    assert dry.returncode == 0 and not out.exists() and not bases.exists()
+    commands = dry.stdout.splitlines()
+    assert all(line.split()[1].startswith(("tasks/", "sft.py", "generate.py", "compare.py", "refine.py", "dpo.py", "evaluate.py"))
+               for line in commands)
+    order = ["bases", *(f"{out}/seed_0/{x}" for x in (
+        "data", "weak/model", "weak/labels.jsonl", "judge/model", "sft/model_1", "gold/model_1", "ilr_1/half_1", "ilr_1/labels.jsonl",
+        "ilr_2/half_1", "dpo_1/preferences.jsonl", "dpo_2/model_1")), f"{out}/seed_1/weak/model", f"{out}/seed_1/dpo_2/model_1"]
+    at = [next(i for i, line in enumerate(commands) if f"--out {word}" in line) for word in order]
+    assert at == sorted(at)
+    assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
+
+
+def test_two_runs_in_one_folder_are_refused(copied):
+    import fcntl
+    out, bases = copied
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        refused = call(out, bases, **TINY)
+    assert refused.returncode == 1 and "is in use" in refused.stderr and refused.stdout == ""
