@@ -31,7 +31,7 @@ ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may repl
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
-JOBS=${JOBS:-2}                   # 2: run independent stages side by side (CPU); 1: one after the other (one GPU)
+JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 3)}   # stages side by side: 1 on one GPU, 3 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
 STATE_EVERY=${STATE_EVERY:-10}     # seconds between a training's resumable states
 BASES=${BASES:-bases}             # where base models trained here are cached
@@ -66,21 +66,23 @@ PACKING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 # ---------------------------------------------------------------- running stages
-# stage NAME TARGET COMMAND...: run a command unless its target is there, as one of at most JOBS at a time. Its summary goes
-# to the screen and log.txt, its progress bar to the screen, its seconds to times.jsonl.
+# stage NAME TARGET COMMAND...: run a command unless its target is there, model stages as at most JOBS at a time (refining and
+# grading take no time and wait for nobody). Its summary goes to the screen and log.txt, its progress bar to the screen, its
+# seconds to times.jsonl. Where LATER is set, it gives way to the stages that others wait for.
 stage() {
   local name=$1 target=$2 status=0 said=$OUT/.stage.$BASHPID slot place start; shift 2
   if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; return; fi
-  if [ ! -e "$target" ]; then read -r -n 1 -u 8 slot; fi
+  if [ -e "$target" ]; then slot=none
+  else case $2 in refine.py|evaluate.py|tasks/*) slot=free ;; *) read -r -n 1 -u 8 slot ;; esac; fi
   echo "$name" >>"$OUT/.progress"
   place="[$(wc -l <"$OUT/.progress" | tr -d ' ')/$TOTAL $(printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)))]"
-  if [ -z "${slot:-}" ]; then echo "$place $name: complete"; return; fi
+  if [ $slot = none ]; then echo "$place $name: complete"; return; fi
   echo "$place $name"
   echo "\$ $*" >>"$OUT/log.txt"
   start=$SECONDS
-  if [ -t 2 ]; then "$@" >"$said.out" || status=$?
-  else "$@" >"$said.out" 2>"$said.err" || status=$?; fi
-  printf x >&8
+  if [ -t 2 ]; then nice -n "${LATER:-0}" "$@" >"$said.out" || status=$?
+  else nice -n "${LATER:-0}" "$@" >"$said.out" 2>"$said.err" || status=$?; fi
+  [ $slot = free ] || printf x >&8
   cat "$said.out" >>"$OUT/log.txt"; tail -n 1 "$said.out" | sed 's/^/    /'
   if [ $status != 0 ]; then
     tr '\r' '\n' <"$said.err" 2>/dev/null | tail -n 5 >&2 || true
@@ -109,14 +111,16 @@ lanes() {
   for lane in "$@"; do wait -n || exit $?; done
   LANES=()
 }
-needs() { until [ "$DRY" = 1 ] || [ -e "$1" ]; do sleep 0.2; done; }     # needs FILE: wait for what another lane makes
+needs() {      # needs FILE: wait for what another lane makes, unless run_ilr.sh itself is gone
+  until [ "$DRY" = 1 ] || [ -e "$1" ]; do kill -0 $$ || exit 1; sleep 0.2; done
+}
 
 # ---------------------------------------------------------------- the base models, trained here from random weights
 pretrain() {   # pretrain NAME RECORDS: a base model from the first RECORDS of the corpus
   local head=$bases/corpus_$1.jsonl
   [ "$DRY" = 1 ] || [ -e "$bases/$1" ] || { head -n "$2" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"; }
   stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
-    --data "$head" --out "$bases/$1" $PRETRAINING
+    --data "$head" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
 weak_base() { [ -z "$bases" ] || pretrain weak "$PRETRAIN_WEAK"; }
 strong_base() { [ -z "$bases" ] || pretrain strong "$PRETRAIN"; }
@@ -126,7 +130,7 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
   if [ "$WEAK_MODEL" ] && [ "$STRONG_MODEL" ]; then return; fi
   bases=$BASES/$TASK-$(cat "tasks/$TASK.py" <(echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING") | cksum | cut -d' ' -f1)
   WEAK_MODEL=$bases/weak STRONG_MODEL=$bases/strong
-  if [ "$DRY" = 0 ] && [ ! -e "$bases/strong" ] && command -v flock >/dev/null; then
+  if [ "$DRY" = 0 ] && ! [ -e "$bases/strong" -a -e "$bases/weak" ] && command -v flock >/dev/null; then
     mkdir -p "$bases"
     exec 7>"$bases/.lock"
     flock -n 7 || { echo "run_ilr.sh: error: another run is training $bases; start this one when it has" >&2; exit 1; }
@@ -177,7 +181,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${outs[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
     --seed "$seed" $PACKING
-  answer "$at/weak" "$run/weak" "$run/weak/model"
+  LATER=10 answer "$at/weak" "$run/weak" "$run/weak/model"
 }
 
 start_models() {   # SFT on the unreliable labels, which is round 0 of every method
@@ -186,8 +190,8 @@ start_models() {   # SFT on the unreliable labels, which is round 0 of every met
 }
 
 ceiling() {        # SFT on gold labels of the same problems
-  needs "$STRONG_MODEL"; needs "$data/test.jsonl"
-  strong_models "$at/gold" "$run/gold" "$data/unlab.jsonl"
+  needs "$STRONG_MODEL"
+  LATER=10 strong_models "$at/gold" "$run/gold" "$data/unlab.jsonl"
 }
 
 ilr_half() { train "$name/half_$1" "$dir/half_$1" "$STRONG_MODEL" "$labels" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" \
@@ -215,7 +219,7 @@ ilr_models() {     # each round: the strong base model retrained on the refined 
   local round
   for ((round = 1; round <= ROUNDS; round++)); do
     needs "$run/ilr_$round/labels.jsonl"
-    strong_models "$at/ilr_$round" "$run/ilr_$round" "$run/ilr_$round/labels.jsonl"
+    LATER=10 strong_models "$at/ilr_$round" "$run/ilr_$round" "$run/ilr_$round/labels.jsonl"
   done
 }
 
@@ -279,5 +283,7 @@ rm "$OUT/.slots"
 for ((k = 0; k < JOBS; k++)); do printf x >&8; done
 TOTAL=$(DRY=1; pipeline | wc -l | tr -d ' ')
 pipeline
+# all is complete: what a stage that was killed between its last two steps left behind
+find "$OUT" \( -name '.*.partial' -o -name '.*.writing' \) -prune -exec rm -rf {} +
 "$PYTHON" evaluate.py report "$OUT"
 echo "done in $((SECONDS / 60)) min $((SECONDS % 60)) s: $OUT/report.md"

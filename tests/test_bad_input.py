@@ -32,10 +32,10 @@ def good(tiny, problems, tmp_path_factory):
     tasks.write_jsonl(top / "proposals.jsonl", [{**r, "completion": "1+1=2\n#### 2"} for r in labels])
     tasks.write_jsonl(top / "samples.jsonl", [{**r, "sample": s, "completion": f"#### {s}"} for r in labels for s in (0, 1)])
     tasks.write_jsonl(top / "comparisons.jsonl", [
-        {"id": r["id"], "pair": 0, "prompt": r["prompt"], "completion_a": r["completion"], "completion_b": "#### 2", "agree": False,
-         "prob_b_ab": 0.8, "prob_b_ba": 0.1, "prob_b": 0.85} for r in labels])
-    tasks.write_jsonl(top / "pairs.jsonl", [{"id": r["id"], "prompt": r["prompt"], "chosen": r["completion"], "rejected": "#### 0"}
-                                            for r in labels])
+        {"id": r["id"], "pair": 0, "prompt": r["prompt"], "completion_a": r["completion"], "completion_b": "#### 2",
+         "agree": False, "prob_b_ab": 0.8, "prob_b_ba": 0.1, "prob_b": 0.85} for r in labels])
+    tasks.write_jsonl(top / "pairs.jsonl", [
+        {"id": r["id"], "prompt": r["prompt"], "chosen": r["completion"], "rejected": "#### 0"} for r in labels])
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
     judge = AutoModelForSequenceClassification.from_config(tiny_config(vocab=len(tokenizer), num_labels=2))

@@ -1,5 +1,6 @@
 """The whole chain by run_ilr.sh, at a size that means nothing and takes a minute."""
 import json
+import shlex
 import shutil
 
 import pytest
@@ -129,11 +130,16 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     commands = dry.stdout.splitlines()
     assert all(line.split()[1].startswith(("tasks/", "sft.py", "generate.py", "compare.py", "refine.py", "dpo.py", "evaluate.py"))
                for line in commands)
-    order = ["bases", *(f"{out}/seed_0/{x}" for x in (
-        "data", "weak/model", "weak/labels.jsonl", "judge/model", "sft/model_1", "gold/model_1", "ilr_1/half_1", "ilr_1/labels.jsonl",
-        "ilr_2/half_1", "dpo_1/preferences.jsonl", "dpo_2/model_1")), f"{out}/seed_1/weak/model", f"{out}/seed_1/dpo_2/model_1"]
-    at = [next(i for i, line in enumerate(commands) if f"--out {word}" in line) for word in order]
-    assert at == sorted(at)
+    made = []
+    for line in commands:       # in an order in which whatever a command reads was written before
+        words = shlex.split(line)
+        first = words.index("--out") + 1
+        outs = words[first:next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))]
+        for word in words:
+            if word.startswith(str(tmp_path)) and word not in outs:
+                assert any(word == path or word.startswith(path + "/") for path in made), line
+        made += outs
+    assert {f"{out}/seed_{s}/{m}_{k}/model_1" for s in (0, 1) for m in ("ilr", "dpo") for k in (1, 2)} <= set(made)
     assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
 
 
