@@ -118,7 +118,7 @@ needs() {      # needs FILE: wait for what another lane makes, unless run_ilr.sh
 # ---------------------------------------------------------------- the base models, trained here from random weights
 pretrain() {   # pretrain NAME RECORDS: a base model from the first RECORDS of the corpus
   local head=$bases/corpus_$1.jsonl
-  [ "$DRY" = 1 ] || [ -e "$bases/$1" ] || { head -n "$2" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"; }
+  [ "$DRY" = 1 ] || [ -e "$bases/$1" ] || [ -e "$head" ] || { head -n "$2" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"; }
   stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
     --data "$head" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
