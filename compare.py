@@ -64,7 +64,9 @@ def make_pairs(task, samples, seed):
 
     samples: one list of records per checkpoint, earliest first. Checkpoint i of n is drawn with weight 2^(n-i-1), early
     ones being the most varied. Reference over a correct sample; a correct sample or the reference (weight 1, as a last
-    checkpoint) over an incorrect one; where no sample is correct, reference over an incorrect one.
+    checkpoint) over an incorrect one; where no sample is correct, reference over an incorrect one. Unlike the release's, samples that
+    the task cannot parse are left out: they are all the first checkpoints of a small model write, and to tell them apart
+    teaches nothing about answers.
     Returns a list of {id, prompt, better, worse}; pairs of equal texts teach nothing and are left out.
     """
     import random
@@ -80,7 +82,7 @@ def make_pairs(task, samples, seed):
             return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
         gold = answers[0]["gold_completion"]
         right = [r["completion"] for r in answers if task.grade(r) == 1]
-        wrong = [r["completion"] for r in answers if task.grade(r) != 1]
+        wrong = [r["completion"] for r in answers if task.grade(r) != 1 and task.is_well_formed(r["completion"])]
         drawn = []
         if right:
             drawn.append((gold, draw(right)))

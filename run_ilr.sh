@@ -41,10 +41,10 @@ case $TASK in
   arithmetic)
     TRAIN=${TRAIN:-4800} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
     PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-15000}   # solved problems the base models read
-    WEAK_LR=${WEAK_LR:-5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
-    SFT_LR=${SFT_LR:-2e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-16}
-    JUDGE_LR=${JUDGE_LR:-1e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-4} JUDGE_BATCH=${JUDGE_BATCH:-32}
-    DPO_LR=${DPO_LR:-2e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    WEAK_LR=${WEAK_LR:-4.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
+    SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-16}
+    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-3} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DECODING="--max-new-tokens 56 --batch-size 256"
@@ -53,7 +53,8 @@ case $TASK in
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic" >&2; exit 2 ;;
 esac
 VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST PRETRAIN
-PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS JUDGE_BATCH DPO_LR
+PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS JUDGE_BATCH
+JUDGE_OPTIMIZER DPO_LR
 DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
 if [ "${HELP:-0}" = 1 ]; then
@@ -180,7 +181,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
     --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${outs[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
-    --seed "$seed" $PACKING
+    --optimizer "$JUDGE_OPTIMIZER" --seed "$seed" $PACKING
   LATER=10 answer "$at/weak" "$run/weak" "$run/weak/model"
 }
 
