@@ -183,6 +183,8 @@ def train(args):
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
         stop_loss, stop_accuracy, _ = held_out(model, stopping, args, device)
+        if not math.isfinite(stop_loss):
+            raise FloatingPointError(f"the loss on the stopping problems is {stop_loss} after epoch {epoch + 1}: lower --lr")
         history = history + [stop_loss]
         training.log(step=done, epoch=epoch, stop_loss=stop_loss, stop_accuracy=stop_accuracy)
         if stop_loss < best:

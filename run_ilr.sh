@@ -40,10 +40,10 @@ PYTHON=${PYTHON:-python}
 case $TASK in
   arithmetic)
     TRAIN=${TRAIN:-4800} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
-    PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-15000}   # solved problems the base models read
+    PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-15000}   # corpus: solved problems; records the weak model reads
     WEAK_LR=${WEAK_LR:-4.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
     SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-16}
-    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-3} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
@@ -117,14 +117,19 @@ needs() {      # needs FILE: wait for what another lane makes, unless run_ilr.sh
 }
 
 # ---------------------------------------------------------------- the base models, trained here from random weights
-pretrain() {   # pretrain NAME RECORDS: a base model from the first RECORDS of the corpus
-  local head=$bases/corpus_$1.jsonl
-  [ "$DRY" = 1 ] || [ -e "$bases/$1" ] || [ -e "$head" ] || { head -n "$2" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"; }
-  stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
-    --data "$head" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
+pretrain() {   # pretrain NAME DATA
+  stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" --data "$2" \
+    --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
-weak_base() { [ -z "$bases" ] || pretrain weak "$PRETRAIN_WEAK"; }
-strong_base() { [ -z "$bases" ] || pretrain strong "$PRETRAIN"; }
+strong_base() { [ -z "$bases" ] || pretrain strong "$bases/corpus.jsonl"; }
+weak_base() {      # the weak one reads the first PRETRAIN_WEAK records only
+  [ "$bases" ] || return 0
+  local head=$bases/corpus_weak.jsonl
+  if [ "$DRY" = 0 ] && [ ! -e "$head" ]; then
+    head -n "$PRETRAIN_WEAK" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"
+  fi
+  pretrain weak "$head"
+}
 
 base_recipe() {   # names of the base models; a change of their recipe is another folder
   bases=

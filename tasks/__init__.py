@@ -22,7 +22,7 @@ class InputError(Exception):
 def get_task(name):
     """The module of one task. Its names:
 
-    prepare(args)                 writes train, gt, unlab, validation and test records
+    main(args)                    run as a command, writes train, gt, unlab, validation and test records
     grade(record) -> float        1.0 if record["completion"] is right by record["reference"], else 0.0
     agree(a, b) -> bool           two records' completions give the same answer
     is_well_formed(text) -> bool  a completion that the task can parse
