@@ -31,7 +31,7 @@ ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may repl
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
-JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 3)}   # stages side by side: 1 on one GPU, 3 on a CPU
+JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
 STATE_EVERY=${STATE_EVERY:-10}     # seconds between a training's resumable states
 BASES=${BASES:-bases}             # where base models trained here are cached
@@ -69,7 +69,7 @@ export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELE
 # ---------------------------------------------------------------- running stages
 # stage NAME TARGET COMMAND...: run a command unless its target is there, model stages as at most JOBS at a time (refining and
 # grading take no time and wait for nobody). Its summary goes to the screen and log.txt, its progress bar to the screen, its
-# seconds to times.jsonl. Where LATER is set, it gives way to the stages that others wait for.
+# seconds to times.jsonl. LATER is its niceness: stages that nothing waits for give way to those on the longest path.
 stage() {
   local name=$1 target=$2 status=0 said=$OUT/.stage.$BASHPID slot place start; shift 2
   if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; return; fi
@@ -191,6 +191,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
 }
 
 start_models() {   # SFT on the unreliable labels, which is round 0 of every method
+  local LATER=5    # the judge is what everything waits for
   needs "$run/weak/labels.jsonl"; needs "$STRONG_MODEL"
   strong_models "$at/sft" "$run/sft" "$run/weak/labels.jsonl"
 }
@@ -204,7 +205,7 @@ ilr_half() { train "$name/half_$1" "$dir/half_$1" "$STRONG_MODEL" "$labels" "$SF
   --task "$TASK" --half "$1" --round "$round" --seed "$seed"; }
 
 ilr_labels() {     # each round: cross-labelling by two half-models, comparison, refinement
-  local round labels=$run/weak/labels.jsonl name dir
+  local round labels=$run/weak/labels.jsonl name dir LATER=5
   needs "$labels"; needs "$STRONG_MODEL"
   for ((round = 1; round <= ROUNDS; round++)); do
     name=$at/ilr_$round dir=$run/ilr_$round
@@ -230,7 +231,7 @@ ilr_models() {     # each round: the strong base model retrained on the refined 
 }
 
 dpo_models() {     # each round: samples of the policy, comparison, the surest pairs, DPO
-  local round policy=$run/sft/model_1 name dir models r
+  local round policy=$run/sft/model_1 name dir models r LATER=5
   for ((round = 1; round <= ROUNDS; round++)); do
     name=$at/dpo_$round dir=$run/dpo_$round models=()
     needs "$policy"
