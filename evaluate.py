@@ -203,7 +203,7 @@ def write_report(run, data, times, settings):
         total[m] = sum(s["asked"] for c in rounds for s in c.values()) / max(1, len(seeds))
     text.append("Comparisons used per seed, all rounds: " + ", ".join(f"{m.upper()} {v:,.0f}" for m, v in total.items()) + ".\n")
     text += ["## Seconds per stage\n", "Wall time as it was, mean over seeds; stages of two lanes run side by side.\n",
-             table(["stage", "seconds"], [[k, f"{sum(v) / len(v):.1f}"] for k, v in times.items()])]
+             table(["stage", "seconds"], [[k, f"{sum(v) / len(v):.0f}"] for k, v in times.items()])]
     write_text(run / "report.md", "\n".join(text))
 
 
@@ -216,7 +216,7 @@ def draw(path, title, ylabel, series, lines):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for k, (name, (color, marker, dash), rounds) in enumerate(series):
         means, halves = [], []
         for x, by_seed in enumerate(rounds):
@@ -231,7 +231,7 @@ def draw(path, title, ylabel, series, lines):
     axes.set_xticks(range(max(len(r) for _, _, r in series)))
     axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
     plt.close(figure)
     path.with_suffix(".writing.png").replace(path)
@@ -253,7 +253,8 @@ def report(args):
     settings = load_json(run / "config.json").get("settings", {})
     seeds = f"mean and 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
     methods = methods_of(data)
-    draw(run / "test_accuracy.png", f"Test accuracy per round ({seeds})", "test accuracy (%)",
+    split = settings.get("EVAL", "test")
+    draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
          [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), [data["tests"][p] for p in points_of(data, m)]) for m in methods]
          or [("SFT", STYLES["ilr"], [next(iter(data["tests"].values()))])],
          [(name, over(data["tests"][p])) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])

@@ -39,12 +39,12 @@ PYTHON=${PYTHON:-python}
 
 case $TASK in
   arithmetic)
-    TRAIN=${TRAIN:-4800} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
+    TRAIN=${TRAIN:-4500} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
     PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-15000}   # corpus: solved problems; records the weak model reads
     WEAK_LR=${WEAK_LR:-4.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
-    SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-16}
-    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
-    DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}
+    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    DPO_LR=${DPO_LR:-3e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DECODING="--max-new-tokens 56 --batch-size 256"
