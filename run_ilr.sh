@@ -231,9 +231,9 @@ ilr_models() {     # each round: the strong base model retrained on the refined 
 }
 
 dpo_models() {     # each round: samples of the policy, comparison, the surest pairs, DPO
-  local round policy=$run/sft/model_1 name dir models r LATER=5
+  local round policy=$run/sft/model_1 name dir r
   for ((round = 1; round <= ROUNDS; round++)); do
-    name=$at/dpo_$round dir=$run/dpo_$round models=()
+    name=$at/dpo_$round dir=$run/dpo_$round
     needs "$policy"
     stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature 0.7 \
       --num-samples "$DPO_SAMPLES" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING
@@ -245,10 +245,18 @@ dpo_models() {     # each round: samples of the policy, comparison, the surest p
     for ((r = 1; r <= RETRAINS; r++)); do
       stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
         --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) $PACKING
-      models+=("$dir/model_$r")
     done
-    answer "$name" "$dir" "${models[@]}"
     policy=$dir/model_1
+  done
+}
+
+dpo_answers() {    # the test answers of DPO's rounds
+  local round models r
+  for ((round = 1; round <= ROUNDS; round++)); do
+    models=()
+    for ((r = 1; r <= RETRAINS; r++)); do models+=("$run/dpo_$round/model_$r"); done
+    needs "${models[RETRAINS - 1]}"
+    LATER=10 answer "$at/dpo_$round" "$run/dpo_$round" "${models[@]}"
   done
 }
 
@@ -264,7 +272,7 @@ pipeline() {
     for method in $METHODS; do
       case $method in
         ilr) steps="$steps ilr_labels ilr_models" ;;
-        dpo) steps="$steps dpo_models" ;;
+        dpo) steps="$steps dpo_models dpo_answers" ;;
         *) echo "run_ilr.sh: error: METHODS: unknown method $method; choose from: ilr dpo" >&2; exit 2 ;;
       esac
     done
