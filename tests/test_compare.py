@@ -162,13 +162,13 @@ def checkpoints(*texts):
     return [[{"id": "p", "prompt": "q", "completion": t, "reference": "7", "gold_completion": "gold\n#### 7"}] for t in texts]
 
 
-RIGHT, WRONG = ["r0 #### 7", "r1 #### 7", "r2 #### 7"], ["w0 #### 1", "w1 #### 2", "w2"]
+RIGHT, WRONG = ["r0 #### 7", "r1 #### 7", "r2 #### 7"], ["w0 #### 1", "w1 #### 2", "w2 #### 3"]
 
 
 @pytest.mark.parametrize("texts, expected", [
     # expected: for each kind of pair, {(better, worse): share}, the release's rule spelled out
     (RIGHT, [{("gold\n#### 7", r): w / 7 for r, w in zip(RIGHT, (4, 2, 1))}]),
-    (WRONG, [{("gold\n#### 7", x): w / 7 for x, w in zip(WRONG, (4, 2, 1))}]),
+    (["no answer", *WRONG], [{("gold\n#### 7", x): w / 7 for x, w in zip(WRONG, (4, 2, 1))}]),     # unparseable: left out
     ([WRONG[0], RIGHT[0], WRONG[1], RIGHT[1]],
      [{("gold\n#### 7", r): w / 3 for r, w in zip(RIGHT[:2], (2, 1))},
       {(b, x): v / 7 * w / 3 for b, v in zip(RIGHT[:2] + ["gold\n#### 7"], (4, 2, 1)) for x, w in zip(WRONG[:2], (2, 1))}])])
