@@ -118,7 +118,7 @@ def held_out(model, examples, args, device):
     keep, change = probs[0::2], probs[1::2]     # (better, worse) and (worse, better)
     right = [average_orders(ab, ba) for ab, ba in zip(change, keep)]
     accuracy = sum((p > 0.5) + 0.5 * (p == 0.5) for p in right) / len(right)
-    return loss, accuracy, sum((ab > 0.5) == (ba > 0.5) for ab, ba in zip(change, keep)) / len(right)
+    return loss, accuracy, sum((ab - 0.5) * (ba - 0.5) > 0 for ab, ba in zip(change, keep)) / len(right)
 
 
 def train(args):
@@ -298,7 +298,7 @@ def measure(task, comparisons):
     asked = [c for c in comparisons if not c["agree"]]
     result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": 0.0, "position_bias": 0.0}
     if asked:
-        result["flip_rate"] = sum((c["prob_b_ab"] > 0.5) == (c["prob_b_ba"] > 0.5) for c in asked) / len(asked)
+        result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
         result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
     if asked and all("reference" in c for c in asked):
         graded = [(c["prob_b"], *(task.grade({**c, "completion": c[k]}) for k in ("completion_a", "completion_b"))) for c in asked]

@@ -119,7 +119,7 @@ def killed_run(out, bases, kills, seed, wait=9.0, leader_every=3, **settings):
     """
     rng, rows, began = random.Random(seed), [], time.monotonic()
     stages = len(call(out, bases, "--dry-run", **settings).stdout.splitlines())
-    moments = [((k + rng.random()) / kills * 0.9 * stages, rng.uniform(0.2, wait)) for k in range(kills)]
+    moments = [((k + rng.random()) / kills * 0.7 * stages, rng.uniform(0.2, wait)) for k in range(kills)]
     for k, (complete, later) in enumerate(moments):
         run = start(out, bases, **settings)
         while run.poll() is None and len(lines(out / "times.jsonl")) < complete:
