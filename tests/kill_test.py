@@ -51,9 +51,11 @@ def finished_run():
 
 
 def contents(folder, keep=lambda path: True):
-    """{relative path: bytes} of a folder, without what tells the time."""
+    """{relative path: bytes} of a folder, without what tells the time or the commit (which may come between two runs)."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
              if p.is_file() and p.name not in UNTIMED and keep(p)}
+    if "config.json" in files:
+        files["config.json"] = b"\n".join(line for line in files["config.json"].splitlines() if b'"commit"' not in line)
     if "report.md" in files:
         files["report.md"] = files["report.md"].partition(b"## Seconds per stage")[0]
     return files
