@@ -89,7 +89,8 @@ def load_json(path):
 
 
 def collect(run):
-    """{point: {seed: [accuracy of each retrain]}}, {seed: {point: label accuracy}}, summaries, problems per test file."""
+    """What the files of a run say: `tests` and `labels` as {point: {seed: [share correct of each retrain]}}, summaries and
+    the number of problems in a test file."""
     tests, labels, comparisons, refinements, judges, n_test = {}, {}, {}, {}, {}, 0
     seeds = sorted(run.glob("seed_*"), key=lambda p: int(p.name[5:]))
     for folder in seeds:
@@ -98,7 +99,7 @@ def collect(run):
             share, n_test = correct_share(path)
             tests.setdefault(path.parent.name, {}).setdefault(seed, []).append(share)
         for path in folder.glob("*/labels.graded.jsonl"):
-            labels.setdefault(path.parent.name, {})[seed] = correct_share(path)[0]
+            labels.setdefault(path.parent.name, {})[seed] = [correct_share(path)[0]]
         for path in folder.glob("*/comparisons.jsonl.summary"):
             comparisons.setdefault(path.parent.name, {})[seed] = load_json(path)
         for pattern in ("labels", "preferences"):
@@ -121,20 +122,31 @@ def methods_of(data):
                   key=lambda m: (m != "ilr", m))
 
 
+def seed_means(by_seed):
+    """{seed: mean of its retrains}: retrains share their data, so only seeds count as independent."""
+    return {seed: sum(shares) / len(shares) for seed, shares in by_seed.items()}
+
+
+def over_seeds(by_seed):
+    """`mean_interval` of the seeds' means, in percent."""
+    return mean_interval([100 * v for v in seed_means(by_seed).values()])
+
+
 def cell(by_seed, n=0):
-    """'72.7 ± 2.1' in percent from {seed: share or [shares]}; one seed: Wilson's interval over n problems."""
-    means = [sum(v) / len(v) if isinstance(v, list) else v for v in by_seed.values()]
-    mean, half = mean_interval(means)
+    """'72.7 ± 2.1' in percent from {seed: [shares]}; one seed: Wilson's interval over n problems."""
+    mean, half = over_seeds(by_seed)
     if half is not None:
-        return f"{100 * mean:.1f} ± {100 * half:.1f}"
-    low, high = wilson(mean, n) if n else (None, None)
-    return f"{100 * mean:.1f}" + (f" [{100 * low:.1f}, {100 * high:.1f}]" if n else "")
+        return f"{mean:.1f} ± {half:.1f}"
+    if not n:
+        return f"{mean:.1f}"
+    low, high = wilson(mean / 100, n)
+    return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def paired(tests, a, b):
     """Difference a - b of two points per seed, in points of accuracy: (mean, half width or None, per-seed list)."""
-    seeds = [s for s in tests[a] if s in tests[b]]
-    differences = [100 * (sum(tests[a][s]) / len(tests[a][s]) - sum(tests[b][s]) / len(tests[b][s])) for s in seeds]
+    first, second = seed_means(tests[a]), seed_means(tests[b])
+    differences = [100 * (first[s] - second[s]) for s in first if s in second]
     return *mean_interval(differences), differences
 
 
@@ -220,14 +232,14 @@ def draw(path, title, ylabel, series, lines):
     for k, (name, (color, marker, dash), rounds) in enumerate(series):
         means, halves = [], []
         for x, by_seed in enumerate(rounds):
-            per_seed = [100 * sum(v) / len(v) for v in by_seed.values()]
-            mean, half = mean_interval(per_seed)
+            per_seed = [100 * v for v in seed_means(by_seed).values()]
+            mean, half = over_seeds(by_seed)
             means.append(mean)
             halves.append(half or 0)
             axes.plot([x + 0.04 * (2 * k - 1)] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
         axes.errorbar(range(len(means)), means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
-        axes.axhline(100 * value, color=shade, ls=dash, lw=1.2, label=name)
+        axes.axhline(value, color=shade, ls=dash, lw=1.2, label=name)
     axes.set_xticks(range(max(len(r) for _, _, r in series)))
     axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
     axes.grid(axis="y", alpha=0.3)
@@ -235,10 +247,6 @@ def draw(path, title, ylabel, series, lines):
     figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
     plt.close(figure)
     path.with_suffix(".writing.png").replace(path)
-
-
-def over(by_seed):
-    return sum(sum(v) / len(v) if isinstance(v, list) else v for v in by_seed.values()) / len(by_seed)
 
 
 def report(args):
@@ -257,11 +265,11 @@ def report(args):
     draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
          [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), [data["tests"][p] for p in points_of(data, m)]) for m in methods]
          or [("SFT", STYLES["ilr"], [next(iter(data["tests"].values()))])],
-         [(name, over(data["tests"][p])) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
+         [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
     labels = [data["labels"][p] for p in ["weak", *points_of(data, "ilr")] if p in data["labels"]]
     if labels:
         draw(run / "label_accuracy.png", f"Training labels that are correct, per round ({seeds})", "label accuracy (%)",
-             [("ILR's labels", STYLES["ilr"], [{s: [v] for s, v in by_seed.items()} for by_seed in labels])], [])
+             [("ILR's labels", STYLES["ilr"], labels)], [])
     write_report(run, data, times, settings)
     write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
     print((run / "report.md").read_text().partition("## Label")[0])

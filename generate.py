@@ -36,12 +36,39 @@ def choose_tokens(logits, temperature, uniforms=None):
     return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
 
+def roomy_cache(model, tokens):
+    """A DynamicCache whose full-attention layers write into memory for `tokens` tokens, allocated once: transformers' own
+    copies the whole cache at every token, a third of the time of a small model."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        room = None
+
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+            start, new = self.get_seq_length(), (key_states, value_states)
+            end = start + key_states.shape[-2]
+            if self.room is None or len(self.room[0]) != len(key_states):       # the first tokens, or rows have left the batch
+                self.room = [x.new_empty(*x.shape[:2], tokens, x.shape[-1]) for x in new]
+                if start:
+                    self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
+            for room, x in zip(self.room, new):
+                room[:, :, start:end] = x
+            self.keys, self.values = (room[:, :, :end] for room in self.room)
+            return self.keys, self.values
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
 def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
     """Greedy or sampled continuations of a batch of prompts, each a list of token ids without EOS.
 
     prompts: lists of token ids, left-padded here; uniforms: (B, max_new_tokens) fp32, the noise of each row, or None
-    for greedy. Returns (completions, truncated): lists of B. Rows that are finished leave the batch once they are half
-    of it. Runs at most max_new_tokens forward passes.
+    for greedy. Returns (completions, truncated): lists of B. Rows that are finished leave the batch once they are a
+    quarter of it. Runs at most max_new_tokens forward passes.
     """
     import torch
     device, width = model.device, max(map(len, prompts))
@@ -55,7 +82,7 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     with torch.inference_mode():
         out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                    use_cache=True, logits_to_keep=1)
+                    past_key_values=roomy_cache(model, width + max_new_tokens), use_cache=True, logits_to_keep=1)
         for step in range(max_new_tokens):
             # ABLATION: the sampling rule
             chosen = choose_tokens(out.logits[:, -1], temperature, None if uniforms is None else uniforms[alive, step])
@@ -64,7 +91,7 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
             if finished.all() or step + 1 == max_new_tokens:
                 break
             cache = out.past_key_values
-            if finished.float().mean() >= 0.5:
+            if finished.float().mean() >= 0.25:
                 keep = (~finished).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 alive, chosen, mask, finished = alive[keep], chosen[keep], mask[keep], finished[keep]

@@ -98,7 +98,7 @@ def test_report(run_folder):
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
     report = json.loads((run_folder / "report.json").read_text())
     assert report["seeds"] == [0, 1] and report["n_test"] == 20
-    assert report["tests"]["ilr_2"] == {"0": [0.6, 0.7], "1": [0.65, 0.75]} and report["labels"]["ilr_1"] == {"0": 0.6, "1": 0.6}
+    assert report["tests"]["ilr_2"] == {"0": [0.6, 0.7], "1": [0.65, 0.75]} and report["labels"]["ilr_1"] == {"0": [0.6], "1": [0.6]}
     text = (run_folder / "report.md").read_text()
     # by hand: seeds' means 65 and 70, sd 3.5355, t(1 df) 12.706: 12.706 * 3.5355 / sqrt(2) = 31.8
     row, = [line for line in text.splitlines() if line.startswith("| ILR |")]
