@@ -81,8 +81,9 @@ def make_pairs(task, samples, seed):
         def draw(texts):
             return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
         gold = answers[0]["gold_completion"]
-        right = [r["completion"] for r in answers if task.grade(r) == 1]
-        wrong = [r["completion"] for r in answers if task.grade(r) != 1 and task.is_well_formed(r["completion"])]
+        graded = [(r["completion"], task.grade(r)) for r in answers]
+        right = [text for text, grade in graded if grade == 1]
+        wrong = [text for text, grade in graded if grade != 1 and task.is_well_formed(text)]
         drawn = []
         if right:
             drawn.append((gold, draw(right)))

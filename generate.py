@@ -102,14 +102,17 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
 
 
 def decode_beams(model, prompts, eos, max_new_tokens, num_beams):
-    """Beam search by transformers, as the paper's release has it. Same arguments and result as `decode`."""
+    """Beam search by transformers, as the paper's release has it. Same arguments and result as `decode`, and like `decode`
+    deaf to what the model's folder says of sampling, penalties and lengths."""
     import torch
+    from transformers import GenerationConfig
     width = max(map(len, prompts))
     input_ids = torch.tensor([[eos] * (width - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    model.generation_config = GenerationConfig(num_beams=num_beams, do_sample=False, max_new_tokens=max_new_tokens,
+                                               eos_token_id=eos, pad_token_id=eos)
     with torch.inference_mode():
-        out = model.generate(input_ids=input_ids, attention_mask=mask, num_beams=num_beams, do_sample=False,
-                             max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=eos)
+        out = model.generate(input_ids=input_ids, attention_mask=mask)
     rows = out[:, width:].tolist()
     return strip_eos([row + [eos] * (max_new_tokens - len(row)) for row in rows], eos)
 

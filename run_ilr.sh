@@ -7,6 +7,7 @@
 #
 # A run that is started again skips what is complete and continues what was cut off.
 set -euo pipefail
+[ "${BASH_VERSINFO[0]}${BASH_VERSINFO[1]}" -ge 44 ] || { echo "run_ilr.sh: error: needs bash 4.4 or newer, this is $BASH_VERSION" >&2; exit 1; }
 cd "$(dirname "$0")"
 
 DRY=0
@@ -68,23 +69,25 @@ export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELE
 
 # ---------------------------------------------------------------- running stages
 # stage NAME TARGET COMMAND...: run a command unless its target is there, model stages as at most JOBS at a time (refining and
-# grading take no time and wait for nobody). Its summary goes to the screen and log.txt, its progress bar to the screen, its
-# seconds to times.jsonl. LATER is its niceness: stages that nothing waits for give way to those on the longest path.
+# grading take no time and wait for nobody). Its summary goes to the screen and log.txt, its progress bar to a terminal's line
+# of its slot, its seconds to times.jsonl. LATER is its niceness: stages that nothing waits for give way to the longest path.
+say() { [ ! -t 1 ] || printf '\r\033[J'; echo "$*"; }      # on a terminal, wipe the bars below first; they draw themselves again
 stage() {
   local name=$1 target=$2 status=0 said=$OUT/.stage.$BASHPID slot place start; shift 2
   if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; return; fi
   if [ -e "$target" ]; then slot=none
-  else case $2 in refine.py|evaluate.py|tasks/*) slot=free ;; *) read -r -n 1 -u 8 slot ;; esac; fi
+  else case $2 in refine.py|evaluate.py|tasks/*) slot=0 ;; *) read -r -n 1 -u 8 slot ;; esac; fi
   echo "$name" >>"$OUT/.progress"
   place="[$(wc -l <"$OUT/.progress" | tr -d ' ')/$TOTAL $(printf '%d:%02d' $((SECONDS / 60)) $((SECONDS % 60)))]"
-  if [ $slot = none ]; then echo "$place $name: complete"; return; fi
-  echo "$place $name"
+  if [ $slot = none ]; then say "$place $name: complete"; return; fi
+  say "$place $name"
   echo "\$ $*" >>"$OUT/log.txt"
   start=$SECONDS
-  if [ -t 2 ]; then nice -n "${LATER:-0}" "$@" >"$said.out" || status=$?
+  if [ -t 2 ]; then TQDM_POSITION=$slot TQDM_LEAVE='' nice -n "${LATER:-0}" "$@" >"$said.out" || status=$?
   else nice -n "${LATER:-0}" "$@" >"$said.out" 2>"$said.err" || status=$?; fi
-  [ $slot = free ] || printf x >&8
-  cat "$said.out" >>"$OUT/log.txt"; tail -n 1 "$said.out" | sed 's/^/    /'
+  [ $slot = 0 ] || printf %s "$slot" >&8
+  cat "$said.out" >>"$OUT/log.txt"
+  [ ! -s "$said.out" ] || say "    $(tail -n 1 "$said.out")"
   if [ $status != 0 ]; then
     tr '\r' '\n' <"$said.err" 2>/dev/null | tail -n 5 >&2 || true
     echo "run_ilr.sh: error: stage $name failed (exit $status); the same command continues from here" >&2
@@ -136,7 +139,7 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
   if [ "$WEAK_MODEL" ] && [ "$STRONG_MODEL" ]; then return; fi
   bases=$BASES/$TASK-$(cat "tasks/$TASK.py" <(echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING") | cksum | cut -d' ' -f1)
   WEAK_MODEL=$bases/weak STRONG_MODEL=$bases/strong
-  if [ "$DRY" = 0 ] && ! [ -e "$bases/strong" -a -e "$bases/weak" ] && command -v flock >/dev/null; then
+  if [ "$DRY" = 0 ] && ! { [ -e "$bases/strong" ] && [ -e "$bases/weak" ]; } && command -v flock >/dev/null; then
     mkdir -p "$bases"
     exec 7>"$bases/.lock"
     flock -n 7 || { echo "run_ilr.sh: error: another run is training $bases; start this one when it has" >&2; exit 1; }
@@ -152,7 +155,7 @@ train() {      # train NAME OUT MODEL DATA LR EPOCHS BATCH FLAGS...
 }
 
 answer() {     # answer NAME DIR MODELS...: the test answers of a point's models, graded
-  local name=$1 dir=$2 outs=() k=0 _; shift 2
+  local name=$1 dir=$2 outs=() out k=0 _; shift 2
   for _ in "$@"; do k=$((k + 1)); outs+=("$dir/eval_$k.jsonl"); done
   stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "$data/$EVAL.jsonl" --out "${outs[@]}" $DECODING
   for out in "${outs[@]}"; do grade "$name/grade" "${out%.jsonl}"; done
@@ -293,9 +296,9 @@ for name in $VARIABLES; do settings+=("$name=${!name}"); done
 : >"$OUT/.progress"
 rm -f "$OUT"/.stage.* "$OUT/.slots"
 mkfifo "$OUT/.slots"
-exec 8<>"$OUT/.slots"                        # JOBS tokens: a stage holds one while it runs
+exec 8<>"$OUT/.slots"                        # JOBS digits: a stage holds one while it runs
 rm "$OUT/.slots"
-for ((k = 0; k < JOBS; k++)); do printf x >&8; done
+for ((k = 1; k <= JOBS; k++)); do printf $k >&8; done
 TOTAL=$(DRY=1; pipeline | wc -l | tr -d ' ')
 pipeline
 # all is complete: what a stage that was killed between its last two steps left behind

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Interrupted, interrupt_after, rows, run, tiny_model
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 import generate
 import sft
@@ -59,7 +59,7 @@ def test_samples_are_those_of_each_prompt_alone(model):
         assert ([completions[i]], [truncated[i]]) == generate.decode(model, [prompt], EOS, NEW, 0.9, uniforms[i:i + 1])
 
 
-def test_beams_are_transformers_of_each_prompt_alone(model):
+def test_beams_are_transformers_of_each_prompt_alone(model, monkeypatch):
     prompts = prompts_of(6, seed=2)
     completions, truncated = generate.decode_beams(model, prompts, EOS, NEW, 4)
     for prompt, completion, cut in zip(prompts, completions, truncated):
@@ -67,6 +67,9 @@ def test_beams_are_transformers_of_each_prompt_alone(model):
                                 num_beams=4, max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=EOS)[0, len(prompt):].tolist()
         assert completion == [t for t in theirs if t != EOS] and cut == (EOS not in theirs and len(theirs) == NEW)
     assert completions != generate.decode(model, prompts, EOS, NEW)[0]     # a search, not greedy decoding
+    with monkeypatch.context() as m:       # what a model folder says of decoding changes nothing
+        m.setattr(model, "generation_config", GenerationConfig(repetition_penalty=5.0, min_new_tokens=20))
+        assert generate.decode_beams(model, prompts, EOS, NEW, 4) == (completions, truncated)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
