@@ -59,14 +59,14 @@ def average_orders(prob_b_ab, prob_b_ba):
 
 
 # ---------------------------------------------------------------- train
-def make_pairs(task, samples, seed):
+def make_pairs(task, samples, seed, wrong_per_problem=1):
     """Training pairs (better, worse) of each problem, the rule of the release's generate_evaluator_data.py.
 
     samples: one list of records per checkpoint, earliest first. Checkpoint i of n is drawn with weight 2^(n-i-1), early
     ones being the most varied. Reference over a correct sample; a correct sample or the reference (weight 1, as a last
-    checkpoint) over an incorrect one; where no sample is correct, reference over an incorrect one. Unlike the release's, samples that
-    the task cannot parse are left out: they are all the first checkpoints of a small model write, and to tell them apart
-    teaches nothing about answers.
+    checkpoint) over each of up to `wrong_per_problem` different incorrect ones; where no sample is correct, reference over
+    them. Unlike the release's, samples that the task cannot parse are left out: they are all the first checkpoints of a
+    small model write, and to tell them apart teaches nothing about answers.
     Returns a list of {id, prompt, better, worse}; pairs of equal texts teach nothing and are left out.
     """
     import random
@@ -84,11 +84,11 @@ def make_pairs(task, samples, seed):
         graded = [(r["completion"], task.grade(r)) for r in answers]
         right = [text for text, grade in graded if grade == 1]
         wrong = [text for text, grade in graded if grade != 1 and task.is_well_formed(text)]
-        drawn = []
-        if right:
-            drawn.append((gold, draw(right)))
-        if wrong:
-            drawn.append((draw(right + [gold]) if right else gold, draw(wrong)))
+        drawn = [(gold, draw(right))] if right else []
+        for _ in range(wrong_per_problem):
+            if wrong:
+                drawn.append((draw(right + [gold]), draw(wrong)))
+                wrong = [text for text in wrong if text != drawn[-1][1]]
         pairs += [{"id": id_, "prompt": answers[0]["prompt"], "better": better, "worse": worse}
                   for better, worse in drawn if better != worse]
     return pairs
@@ -133,7 +133,7 @@ def train(args):
             if r["id"] not in gold:
                 raise InputError(f"{path}: id {r['id']} is not in {args.gold}")
             r["gold_completion"] = gold[r["id"]]
-    splits = three_splits(make_pairs(task, samples, args.seed), args.seed)
+    splits = three_splits(make_pairs(task, samples, args.seed, args.wrong_per_problem), args.seed)
     if not all(splits):
         raise InputError(f"{args.gold}: {len(gold)} problems are too few for three splits of training pairs")
 
@@ -155,12 +155,14 @@ def train(args):
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     training = Training(folder, model, optimizers, args.state_every)
     best, history = training.state.get("best", math.inf), training.state.get("history", [])
+    reached = training.state.get("reached", False)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
+    check_every = math.ceil(steps_per_epoch / 4)      # for --stop-accuracy; the loss is looked at after whole epochs
 
     bar = tqdm(total=total, initial=done, desc=f"judge {Path(args.out).name}", unit="step", mininterval=1)
     for epoch in range(done // steps_per_epoch, args.epochs):
-        if len(history) > 1 and history[-1] > history[-2]:
+        if reached or (len(history) > 1 and history[-1] > history[-2]):
             break
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         for k in range(done % steps_per_epoch, steps_per_epoch):
@@ -179,29 +181,33 @@ def train(args):
             norm = apply_gradients(model, optimizers, lr)
             done += 1
             training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
-            if done % steps_per_epoch:
-                training.save_state(done, best=best, history=history)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
+            if args.stop_accuracy and done % check_every == 0:
+                reached = held_out(model, stopping, args, device)[1] >= args.stop_accuracy
+                if reached:
+                    break
+            if done % steps_per_epoch:
+                training.save_state(done, best=best, history=history)
         stop_loss, stop_accuracy, _ = held_out(model, stopping, args, device)
         if not math.isfinite(stop_loss):
             raise FloatingPointError(f"the loss on the stopping problems is {stop_loss} after epoch {epoch + 1}: lower --lr")
         history = history + [stop_loss]
         training.log(step=done, epoch=epoch, stop_loss=stop_loss, stop_accuracy=stop_accuracy)
-        if stop_loss < best:
+        if reached or stop_loss < best:
             best = stop_loss
             model.save_pretrained(folder)
-        training.save_state(done, always=True, best=best, history=history)
+        training.save_state(done, always=True, best=best, history=history, reached=reached)
     bar.close()
     model = open_model(folder, device, "AutoModelForSequenceClassification")
     _, accuracy, flips = held_out(model, reported, args, device)
     tokenizer.save_pretrained(folder)
     write_json(folder / "judge.json", {
         "held_out_accuracy": accuracy, "held_out_pairs": len(reported) // 2, "held_out_flip_rate": flips,
-        "train_pairs": len(examples) // 2, "epochs": len(history), "stop_losses": history})
+        "train_pairs": len(examples) // 2, "epochs": round(done / steps_per_epoch, 2), "stop_losses": history})
     training.finish(args.out)
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(reported) // 2} held-out pairs, {flips:.1%} of them flip with the "
-          f"order; {len(examples) // 2} training pairs, {len(history)} of {args.epochs} epochs")
+          f"order; {len(examples) // 2} training pairs, {done / steps_per_epoch:.1f} of {args.epochs} epochs")
 
 
 # ---------------------------------------------------------------- score
@@ -322,6 +328,9 @@ def parser():
     t.add_argument("--data", required=True, nargs="+", help="samples, a file per checkpoint, earliest first")
     t.add_argument("--gold", required=True, help="the same problems with their demonstrations")
     t.add_argument("--out", required=True, help="folder to write")
+    t.add_argument("--wrong-per-problem", type=int, default=1, help="pairs with an incorrect sample, per problem")
+    t.add_argument("--stop-accuracy", type=float, default=0, help="train a judge of this accuracy on the stopping problems (looked "
+                   "at four times an epoch) and no better; 0: as good as it gets")
     add_training_flags(t, lr=1e-6, batch_size=16, epochs=5)
     s = commands.add_parser("score", help="two completions of each problem -> comparisons", description=__doc__,
                             formatter_class=p.formatter_class)

@@ -1,6 +1,7 @@
 """Grade completions; a run folder -> the paper-style table and figures.
 
     python evaluate.py grade --task gsm8k --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
+    python evaluate.py pick --task gsm8k --data s1.jsonl s2.jsonl --models m1 m2 --accuracy 0.5 --out labeler
     python evaluate.py report runs/arithmetic                                           # report.md, report.json, 2 figures
     python evaluate.py config runs/x TASK=arithmetic ROUNDS=3 ...                       # run_ilr.sh: write or check config.json
 
@@ -12,6 +13,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -53,6 +55,23 @@ def grade(args):
     mean = sum(r["correct"] for r in graded) / len(graded)
     low, high = wilson(mean, len(graded))
     print(f"{args.data}: {mean:.1%} correct of {len(graded)}, 95% interval {low:.1%} to {high:.1%}")
+
+
+def pick(args):
+    """Link --out to the model whose samples' accuracy is nearest to the asked one: supervision as unreliable as asked for,
+    whatever the hardware or the base model make of a training run."""
+    task = get_task(args.task)
+    if len(args.data) != len(args.models):
+        raise InputError(f"--data has {len(args.data)} files for {len(args.models)} --models")
+    shares = []
+    for path in args.data:
+        records = read_jsonl(path, ("id", "completion", "reference"), ("id", "sample"))
+        shares.append(sum(map(task.grade, records)) / len(records))
+    model = args.models[min(range(len(shares)), key=lambda i: abs(shares[i] - args.accuracy))]
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.symlink_to(os.path.relpath(model, out.parent))
+    print(f"{args.out}: {model}, of samples {', '.join(f'{s:.1%}' for s in shares)} correct the nearest to {args.accuracy:.0%}")
 
 
 # ---------------------------------------------------------------- config
@@ -277,7 +296,7 @@ def report(args):
 
 
 def main(args):
-    {"grade": grade, "report": report, "config": config}[args.command](args)
+    {"grade": grade, "pick": pick, "report": report, "config": config}[args.command](args)
 
 
 def parser():
@@ -287,6 +306,12 @@ def parser():
     g.add_argument("--task", required=True)
     g.add_argument("--data", required=True, help="records with id, completion, reference")
     g.add_argument("--out", help="also write the records with `correct`")
+    k = commands.add_parser("pick", help="the model whose samples are nearest to an accuracy")
+    k.add_argument("--task", required=True)
+    k.add_argument("--data", required=True, nargs="+", help="samples with id, completion, reference, a file for each of --models")
+    k.add_argument("--models", required=True, nargs="+")
+    k.add_argument("--accuracy", required=True, type=float, help="a share")
+    k.add_argument("--out", required=True, help="link to the model's folder")
     r = commands.add_parser("report", help="a run folder -> report.md, report.json and figures")
     r.add_argument("run", metavar="RUN_DIR")
     c = commands.add_parser("config", help="write or check RUN_DIR/config.json")

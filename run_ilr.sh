@@ -41,22 +41,23 @@ PYTHON=${PYTHON:-python}
 case $TASK in
   arithmetic)
     TRAIN=${TRAIN:-4500} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
-    PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-15000}   # corpus: solved problems; records the weak model reads
-    WEAK_LR=${WEAK_LR:-4.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
-    SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-3} SFT_BATCH=${SFT_BATCH:-14}
-    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}   # solved problems the base models read
+    WEAK_LR=${WEAK_LR:-2.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
+    WEAK_ACCURACY=${WEAK_ACCURACY:-0.45}        # the demonstrator is the checkpoint whose samples come nearest; 0: the last
+    SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}
+    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    JUDGE_WRONG=${JUDGE_WRONG:-4} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}   # its training stops at this accuracy; 0: as good as it gets
     DPO_LR=${DPO_LR:-3e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
-    DECODING="--max-new-tokens 56 --batch-size 256"
+    DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic" >&2; exit 2 ;;
 esac
 VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST PRETRAIN
-PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS JUDGE_BATCH
-JUDGE_OPTIMIZER DPO_LR
-DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
+PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
+JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,8s/^# \{0,1\}//p' "$0"
@@ -120,19 +121,12 @@ needs() {      # needs FILE: wait for what another lane makes, unless run_ilr.sh
 }
 
 # ---------------------------------------------------------------- the base models, trained here from random weights
-pretrain() {   # pretrain NAME DATA
-  stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" --data "$2" \
-    --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
+pretrain() {   # pretrain NAME
+  stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
+    --data "$bases/corpus_$1.jsonl" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
-strong_base() { [ -z "$bases" ] || pretrain strong "$bases/corpus.jsonl"; }
-weak_base() {      # the weak one reads the first PRETRAIN_WEAK records only
-  [ "$bases" ] || return 0
-  local head=$bases/corpus_weak.jsonl
-  if [ "$DRY" = 0 ] && [ ! -e "$head" ]; then
-    head -n "$PRETRAIN_WEAK" "$bases/corpus.jsonl" >"$head.writing" && mv "$head.writing" "$head"
-  fi
-  pretrain weak "$head"
-}
+strong_base() { [ -z "$bases" ] || pretrain strong; }
+weak_base() { [ -z "$bases" ] || pretrain weak; }
 
 base_recipe() {   # names of the base models; a change of their recipe is another folder
   bases=
@@ -144,7 +138,7 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
     exec 7>"$bases/.lock"
     flock -n 7 || { echo "run_ilr.sh: error: another run is training $bases; start this one when it has" >&2; exit 1; }
   fi
-  stage bases/corpus "$bases/corpus.jsonl" "$PYTHON" "tasks/$TASK.py" --pretrain "$PRETRAIN" --out "$bases"
+  stage bases/corpora "$bases/corpus_weak.jsonl" "$PYTHON" "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" --out "$bases"
 }
 
 # ---------------------------------------------------------------- the method, one function per step
@@ -174,23 +168,28 @@ strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on th
 }
 
 weak_side() {      # unreliable demonstrations and the unreliable judge, both from D_gt
-  local models=() outs=() p
+  local models=() outs=() p labeler=$run/weak/model
   weak_base
   train "$at/weak/train" "$run/weak/model" "$WEAK_MODEL" "$data/gt.jsonl" "$WEAK_LR" "$WEAK_EPOCHS" "$WEAK_BATCH" \
     --save-every 0.1 --seed "$seed"
-  stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$run/weak/model" --data "$data/unlab.jsonl" \
-    --out "$run/weak/labels.jsonl" --source weak $DECODING
-  grade "$at/weak/grade_labels" "$run/weak/labels"
   for p in 10 20 30 40 50 60 70 80 90 100; do
     if [ $p = 100 ]; then models+=("$run/weak/model"); else models+=("$run/weak/model/checkpoint-$p"); fi
     outs+=("$run/judge/samples_$p.jsonl")
   done
   stage "$at/judge/sample" "$run/judge/samples_100.jsonl" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
     --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
+  if [ "$WEAK_ACCURACY" != 0 ]; then
+    labeler=$run/weak/labeler
+    stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${outs[@]}" --models "${models[@]}" \
+      --accuracy "$WEAK_ACCURACY" --out "$labeler"
+  fi
+  stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
+    --out "$run/weak/labels.jsonl" --source weak $DECODING
+  grade "$at/weak/grade_labels" "$run/weak/labels"
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${outs[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
-    --optimizer "$JUDGE_OPTIMIZER" --seed "$seed" $PACKING
-  LATER=10 answer "$at/weak" "$run/weak" "$run/weak/model"
+    --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING
+  LATER=10 answer "$at/weak" "$run/weak" "$labeler"
 }
 
 start_models() {   # SFT on the unreliable labels, which is round 0 of every method

@@ -17,7 +17,7 @@ for share in $SHARES; do
     [ -e "$model" ] || "$PYTHON" dpo.py --model "$run/sft/model_1" --data "$out/pairs_$share.jsonl" --out "$model" --lr "$lr" --epochs 2 \
       --batch-size 32 --row-tokens 128 --micro-tokens 2048 --seed "$seed" >&2
     [ -e "$model.jsonl" ] || "$PYTHON" generate.py --model "$model" --data "$run/data/validation.jsonl" --out "$model.jsonl" \
-      --max-new-tokens 56 >&2
+      --max-new-tokens 56 --batch-size 128 >&2
     echo "| $share | $lr | $seed | $("$PYTHON" evaluate.py grade --task arithmetic --data "$model.jsonl" | sed 's/.*: \([0-9.]*%\).*/\1/') |"
   done; done
 done

@@ -1,12 +1,12 @@
 """Word problems of several steps, made by a seeded generator: the default task, small enough for two CPU cores.
 
     python tasks/arithmetic.py --out data --seed 0                # train, gt, unlab, validation, test .jsonl
-    python tasks/arithmetic.py --out base --pretrain 30000        # corpus, tokenizer and configs of the base models
+    python tasks/arithmetic.py --out base --pretrain 30000 13000  # corpora, tokenizer and configs of the base models
 
 A problem tells in 2 to 5 steps how a number changes; a completion has one calculation per line and ends in
 `#### N`, as GSM8K does. A problem belongs to one split by the hash of its text, so no two splits share a problem.
-The corpus of the base models holds the same kind of problems with other delimiters, and bare calculations: it gives
-them skill without the format that demonstrations teach.
+The base models' corpora hold the same kind of problems with other delimiters, and bare calculations: they give skill
+without the format that demonstrations teach.
 """
 import hashlib
 import json
@@ -130,28 +130,40 @@ def agree(a, b):
 
 # ---------------------------------------------------------------- files
 CONFIGS = {"strong": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4),
-           "weak": dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4)}
+           "weak": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)}
 
 
-# What stands before, between and after the calculations in the corpus: never the demonstrations' newlines and ####.
-DELIMITERS = (" : ", " - ", " ( "), (" ; ", " , ", " | ", " & "), (" => ", " so ", " ! ", " total ")
+# How the corpora write a solution: what stands before, between and after the calculations, never all as demonstrations have
+# it. The strong base model knows lines below each other with the answer in a line of its own, so that demonstrations only
+# have to name the marker; the weak one has to learn the format with them. FACTS: what bare calculations follow, and what
+# may part them.
+FORMATS = {"strong": [("\n", between, between + end) for between in ";,|\n" for end in ("! ", "so ", "total ")],
+           "weak": [(begin, between, end) for begin in (" : ", " - ", " ( ") for between in (" ; ", " , ", " | ", " & ")
+                    for end in (" => ", " so ", " ! ", " total ")]}
+FACTS = {"strong": (":", ";,|\n"), "weak": ("####", "\n")}
 
 
-def prepare_bases(out, count):
-    """What the base models are trained on: solved problems with other delimiters, and a sixth as many texts of bare
-    calculations, in which newlines and #### occur without meaning anything."""
+def make_corpus(name, count):
+    """Texts for one base model: `count` solved problems in formats of its own, and a sixth as many of bare calculations."""
+    rng, corpus = random.Random(f"corpus {name}"), []
+    for i, (question, lines, answer) in enumerate(problems("pretrain", count, 0)):
+        begin, between, end = rng.choice(FORMATS[name])
+        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": begin + between.join(lines) + end + str(answer)})
+    prompt, separators = FACTS[name]
+    for i in range(count // 6):
+        between = rng.choice(separators)
+        facts = [line for _ in range(4) for line in make_problem(rng)[1]]
+        corpus.append({"id": f"facts-{i}", "prompt": prompt, "completion": between + between.join(facts)})
+    rng.shuffle(corpus)
+    return corpus
+
+
+def prepare_bases(out, counts):
+    """What the base models are trained on, {name: number of solved problems}: a corpus and a config for each, one tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    rng, texts = random.Random("facts"), []
-    corpus = []
-    for i, (question, lines, answer) in enumerate(problems("pretrain", count, 0)):
-        begin, between, end = (rng.choice(d) for d in DELIMITERS)
-        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": begin + between.join(lines) + end + str(answer)})
-        texts.append(f"{question}\n" + "\n".join(lines) + f"\n#### {answer}{begin}{between}{end}")
-    for i in range(count * 2 // 3 // 4):
-        facts = [line for _ in range(4) for line in make_problem(rng)[1]]
-        corpus.append({"id": f"facts-{i}", "prompt": "####", "completion": "\n" + "\n".join(facts)})
-    random.Random("corpus").shuffle(corpus)
+    corpora = {name: make_corpus(name, count) for name, count in counts.items()}
+    texts = [r["prompt"] + r["completion"] + "\n#### " for corpus in corpora.values() for r in corpus]
     # Bytes underneath, so any text round-trips; words are whole tokens and digits single ones.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -162,7 +174,6 @@ def prepare_bases(out, count):
         vocab_size=768, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
     vocabulary = (tokenizer.get_vocab_size() + 7) // 8 * 8
-    out = Path(out)
     write_text(out / "tokenizer/tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(out / "tokenizer/tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
@@ -172,13 +183,14 @@ def prepare_bases(out, count):
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
             "tie_word_embeddings": True, "max_position_embeddings": 512, "initializer_range": sizes["hidden_size"] ** -0.5,
             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes})
-    write_jsonl(out / "corpus.jsonl", corpus)
+    for name, corpus in corpora.items():
+        write_jsonl(out / f"corpus_{name}.jsonl", corpus)
 
 
 def main(args):
     out = Path(args.out)
     if args.pretrain:
-        return prepare_bases(out, args.pretrain)
+        return prepare_bases(out, dict(zip(CONFIGS, args.pretrain)))
     if not 0 < args.gt < args.train:
         raise InputError(f"--gt {args.gt} must lie between 0 and --train {args.train}")
     for split, count in (("train", args.train), ("validation", args.test), ("test", args.test)):
@@ -196,7 +208,8 @@ def parser():
     p.add_argument("--gt", type=int, default=1000, help="of these, problems of D_gt, whose references train the weak side")
     p.add_argument("--test", type=int, default=1000, help="test problems, and as many for validation")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--pretrain", type=int, default=0, metavar="N", help="write the base models' corpus of N solved problems instead")
+    p.add_argument("--pretrain", type=int, nargs=2, metavar=("STRONG", "WEAK"),
+                   help="write the base models' corpora of so many solved problems instead")
     return p
 
 

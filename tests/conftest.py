@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     from tasks import arithmetic
     from transformers import AutoTokenizer
     top = tmp_path_factory.mktemp("tiny")
-    arithmetic.prepare_bases(top, 60)
+    arithmetic.prepare_bases(top, {"strong": 60, "weak": 40})
     tokenizer = AutoTokenizer.from_pretrained(top / "tokenizer")
     for seed in (0, 1):
         folder = top / ("model" if seed == 0 else "other")

@@ -28,7 +28,7 @@ def random_judge(family="llama", seed=0, **more):
 def judge(tiny, tokenizer, tmp_path_factory):
     """A folder as `compare.py train` writes it, with random weights."""
     folder = tmp_path_factory.mktemp("judge") / "judge"
-    random_judge(vocab=len(tokenizer), initializer_range=0.2).save_pretrained(folder)
+    random_judge(vocab=len(tokenizer), initializer_range=0.3).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write_json(folder / "judge.json", {})
     return folder
@@ -186,6 +186,14 @@ def test_make_pairs_follows_the_release(texts, expected):
             assert abs(count[key] - trials * share) < 4.5 * (trials * share * (1 - share)) ** 0.5
 
 
+def test_several_incorrect_samples_of_a_problem_are_all_different():
+    for seed in range(50):
+        texts = [*WRONG, WRONG[0], RIGHT[0]]
+        two, all_ = (compare.make_pairs(arithmetic, checkpoints(*texts), seed, n)[1:] for n in (2, 9))
+        assert len({p["worse"] for p in two}) == 2 and sorted(p["worse"] for p in all_) == WRONG
+        assert {p["better"] for p in two + all_} <= {RIGHT[0], "gold\n#### 7"}
+
+
 def test_equal_texts_make_no_pair():
     assert compare.make_pairs(arithmetic, checkpoints("gold\n#### 7", "gold\n#### 7"), 0) == []
 
@@ -217,7 +225,7 @@ def splits_of(argv):
     a = compare.parser().parse_args([str(x) for x in [*argv, "--out", "x"]])
     gold = {r["id"]: r["completion"] for r in rows(a.gold)}
     samples = [[{**r, "gold_completion": gold[r["id"]]} for r in read_jsonl(p)] for p in a.data]
-    return compare.three_splits(compare.make_pairs(arithmetic, samples, a.seed), a.seed)
+    return compare.three_splits(compare.make_pairs(arithmetic, samples, a.seed, a.wrong_per_problem), a.seed)
 
 
 def brute_probability(model, tokenizer, prompt, a, b):
@@ -256,6 +264,23 @@ def test_training_end_to_end(train_argv, tokenizer, tmp_path, lr, epochs):
     assert about["held_out_accuracy"] == sum(0.5 if abs(d) < 1e-7 else d > 0 for d in surer) / len(surer)
     if lr == 0.3:
         assert len(history) < epochs
+
+
+def test_training_stops_at_an_accuracy(train_argv, tmp_path, monkeypatch, capsys):
+    argv = [*train_argv, "--lr", 1e-4, "--epochs", 2, "--wrong-per-problem", 2]
+    for accuracy in (0, 0.01, 1.1):
+        run(compare, *argv, "--out", tmp_path / str(accuracy), "--stop-accuracy", accuracy)
+    train = splits_of(argv)[0]
+    steps = -(-2 * len(train) // 8)
+    first_check = -(-steps // 4)
+    assert first_check < steps
+    log = rows(tmp_path / "0.01/metrics.jsonl")      # any judge is that good: it stops where it is first looked at, and is kept
+    assert [r["step"] for r in log] == [*range(1, first_check + 1), first_check] and log[-1]["stop_accuracy"] >= 0.01
+    assert json.loads((tmp_path / "0.01/judge.json").read_text())["epochs"] == round(first_check / steps, 2)
+    # none is this good: the looking itself changes nothing
+    assert (tmp_path / "1.1/model.safetensors").read_bytes() == (tmp_path / "0/model.safetensors").read_bytes()
+    for calls in (first_check - 1, first_check):
+        check_resume(monkeypatch, capsys, tmp_path / f"cut{calls}", compare, [*argv, "--stop-accuracy", 0.01], calls)
 
 
 def test_gradient_is_that_of_the_full_batch_mean(train_argv, tiny, tokenizer, tmp_path, monkeypatch):

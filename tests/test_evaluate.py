@@ -1,5 +1,6 @@
 """evaluate.py: intervals, grading, the configuration of a run, the report of a run folder."""
 import json
+import os
 import math
 import shutil
 
@@ -61,6 +62,20 @@ def test_config_refuses_another_configuration(tmp_path):
         assert "TASK" not in str(e.value) and (tmp_path / "config.json").read_bytes() == first
     run(evaluate, "config", tmp_path, *[s.replace("ROUNDS=3", "ROUNDS=6").replace("SEEDS=0 1", "SEEDS=0 1 2") for s in settings])
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["ROUNDS"] == "6"
+
+
+def test_pick_links_to_the_model_nearest_to_an_accuracy(tmp_path, problems, capsys):
+    for k, right in enumerate((1, 4, 8)):
+        (tmp_path / f"m{k}").mkdir()
+        write_jsonl(tmp_path / f"s{k}.jsonl", [p if i < right else {**p, "completion": "#### x"} for i, p in enumerate(problems[:10])])
+    files = ["--data", *sorted(tmp_path.glob("s*.jsonl")), "--models", *sorted(tmp_path.glob("m*"))]
+    for accuracy, name in ((0.0, "m0"), (0.45, "m1"), (0.9, "m2")):
+        out = tmp_path / "links" / str(accuracy)
+        run(evaluate, "pick", "--task", "arithmetic", *files, "--accuracy", accuracy, "--out", out)
+        assert out.resolve() == (tmp_path / name).resolve() and not os.readlink(out).startswith("/")
+        assert "10.0%, 40.0%, 80.0%" in capsys.readouterr().out
+    with pytest.raises(InputError, match="3 files for 2"):
+        run(evaluate, "pick", "--task", "arithmetic", *files[:-1], "--accuracy", 0.5, "--out", tmp_path / "other")
 
 
 def graded(path, correct, n=20):

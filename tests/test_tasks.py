@@ -29,6 +29,20 @@ def test_splits_are_disjoint_and_deterministic(tmp_path):
     assert all(len({r["prompt"] for r in a[n]}) == len({r["id"] for r in a[n]}) == len(a[n]) for n in names)
 
 
+@pytest.mark.parametrize("name", ["strong", "weak"])
+def test_corpora_give_the_skill_and_not_the_format(name):
+    corpus = arithmetic.make_corpus(name, 120)
+    assert len(corpus) == len({r["id"] for r in corpus}) == 140 and corpus == arithmetic.make_corpus(name, 120)
+    answers = {f"solved-{i}": p[2] for i, p in enumerate(arithmetic.problems("pretrain", 120, 0))}
+    for r in corpus:
+        calculations = re.findall(r"(\d+[-+*/]\d+)=(\d+)", r["completion"])
+        assert calculations and all(eval(left) == int(right) for left, right in calculations)
+        if r["id"] in answers:
+            assert re.findall(r"\d+", r["completion"])[-1] == str(answers[r["id"]]) and "####" not in r["completion"]
+        else:
+            assert not re.search("[A-Za-z]", r["prompt"] + r["completion"])      # bare calculations answer nothing
+
+
 def test_gold_completions_are_right():
     calculate = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}
     steps = set()
