@@ -200,6 +200,11 @@ def write_report(run, data, times, settings):
             text.append(f"- {m.upper()} after round {last.rpartition('_')[2]} minus SFT: **{mean:+.1f}"
                         + (f" ± {half:.1f}**" if half is not None else "**") + f" points.{verdict} Per seed: "
                         + ", ".join(f"{d:+.1f}" for d in each) + ".")
+    if "dpo" in methods and "sft" in tests and retrains > 1:
+        start = {"start": {seed: shares[:1] for seed, shares in tests["sft"].items()}}
+        mean, half, _ = paired({**tests, **start}, points_of(data, "dpo")[-1], "start")
+        text.append(f"- DPO starts from SFT's first training: its last round minus that one alone {mean:+.1f}"
+                    + (f" ± {half:.1f}" if half is not None else "") + " points.")
     if {"ilr", "dpo"} <= set(methods):
         a, b = points_of(data, "ilr")[-1], max(points_of(data, "dpo")[1:], key=lambda p: paired(tests, p, "sft")[0])
         for b, what in ((points_of(data, "dpo")[-1], "its last round"), (b, f"its best round on these problems, {b[4:]}, a choice in DPO's favor")):

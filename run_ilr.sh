@@ -40,8 +40,8 @@ PYTHON=${PYTHON:-python}
 
 case $TASK in
   arithmetic)
-    TRAIN=${TRAIN:-4500} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
-    PRETRAIN=${PRETRAIN:-30000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}   # solved problems the base models read
+    TRAIN=${TRAIN:-4200} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
+    PRETRAIN=${PRETRAIN:-26000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}   # solved problems the base models read
     WEAK_LR=${WEAK_LR:-2.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
     WEAK_ACCURACY=${WEAK_ACCURACY:-0.45}        # the demonstrator is the checkpoint whose samples come nearest; 0: the last
     SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}

@@ -122,6 +122,7 @@ def test_report(run_folder):
     # every seed gains the same: 12 - 8 and 7 - 8 of 20 problems
     assert "ILR after round 2 minus SFT: **+20.0 ± 0.0** points. The interval excludes 0." in text
     assert "DPO after round 2 minus SFT: **-5.0 ± 0.0** points." in text
+    assert "its last round minus that one alone +0.0 ± 0.0 points." in text     # 7 and 9 of 20, after a start of 8
     assert "its last round): +25.0" in text and "its best round on these problems, 1, a choice in DPO's favor): +15.0" in text
     assert "| ilr_1 | 30 | 75.0 | 10.0 | 0.050 | 4 | 10.0 | 13.3 | 50.0 |" in text
     assert "accuracy 80.0%" in text and "| sft/train | 15 |" in text
