@@ -299,7 +299,9 @@ exec 8<>"$OUT/.slots"                        # JOBS digits: a stage holds one wh
 rm "$OUT/.slots"
 for ((k = 1; k <= JOBS; k++)); do printf $k >&8; done
 TOTAL=$(DRY=1; pipeline | wc -l | tr -d ' ')
+undisturbed=$([ -e "$OUT/times.jsonl" ] || echo yes)
 pipeline
+[ -z "$undisturbed" ] || echo "{\"stage\": \"whole run\", \"seconds\": $SECONDS}" >>"$OUT/times.jsonl"
 # all is complete: what a stage that was killed between its last two steps left behind
 find "$OUT" \( -name '.*.partial' -o -name '.*.writing' \) -prune -exec rm -rf {} +
 "$PYTHON" evaluate.py report "$OUT"

@@ -54,6 +54,7 @@ def contents(folder, keep=lambda path: True):
     """{relative path: bytes} of a folder, without what tells the time or the commit (which may come between two runs)."""
     files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
              if p.is_file() and p.name not in UNTIMED and keep(p)}
+    files |= {str(p.relative_to(folder)): os.readlink(p).encode() for p in Path(folder).rglob("*") if p.is_symlink()}
     if "config.json" in files:
         files["config.json"] = b"\n".join(line for line in files["config.json"].splitlines() if b'"commit"' not in line)
     if "report.md" in files:

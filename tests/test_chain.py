@@ -18,7 +18,7 @@ def finished():
 @pytest.fixture
 def copied(finished, tmp_path):
     """A copy of the finished run that a test may change, and the same base models."""
-    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(finished[0], tmp_path / "run", symlinks=True)
     return tmp_path / "run", finished[1]
 
 
@@ -95,14 +95,14 @@ def test_scrambled_references_and_one_job_change_nothing(finished, tmp_path):
     """Everything from the weak labels on is made again, one stage after the other, with every reference of D_unlab wrong."""
     out, bases = finished
     shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns(
-        "sft", "gold", "ilr_1", "dpo_1", "judge", "report*", "*.png", "labels*", "eval*"))
+        "sft", "gold", "ilr_1", "dpo_1", "judge", "report*", "*.png", "labe*", "eval*"))
     unlab = tmp_path / "run/seed_0/data/unlab.jsonl"
     records = [json.loads(line) for line in unlab.open()]
     wrong = [str(1000 + int(r["reference"])) for r in records[1:] + records[:1]]
     unlab.write_text("".join(json.dumps({**r, "reference": w}, ensure_ascii=False) + "\n" for r, w in zip(records, wrong)))
     done = call(tmp_path / "run", bases, **{**TINY, "JOBS": 1})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": complete") == 5     # corpus, two base models, data, weak model: the rest is new
+    assert done.stdout.count(": complete") == 5     # corpora, two base models, data, weak model: the rest is new
 
     def unreferenced(top):
         files = contents(top, lambda p: not p.name.endswith(JUDGED_BY_REFERENCE))
