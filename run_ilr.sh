@@ -47,7 +47,7 @@ case $TASK in
     SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}
     JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
     JUDGE_WRONG=${JUDGE_WRONG:-4} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}   # its training stops at this accuracy; 0: as good as it gets
-    DPO_LR=${DPO_LR:-3e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DECODING="--max-new-tokens 56 --batch-size 128"
