@@ -1,8 +1,8 @@
 """The judge: train it on an unreliable model's samples; ask it which of two completions is better.
 
-    python compare.py train --model google/gemma-2b --task gsm8k --data checkpoint-*.jsonl --out judge
-    python compare.py score --judge judge --task gsm8k --a labels.jsonl --b proposals.jsonl --out comparisons.jsonl
-    python compare.py score --judge judge --task gsm8k --a samples.jsonl --out pairs.jsonl   # samples 0-1, 2-3, ... of a prompt
+    python compare.py train --model google/gemma-2b --task arithmetic --data samples_*.jsonl --gold gt.jsonl --out judge
+    python compare.py score --judge judge --task arithmetic --a labels.jsonl --b proposals.jsonl --out comparisons.jsonl
+    python compare.py score --judge judge --task arithmetic --a samples.jsonl --out pairs.jsonl   # samples 0-1, 2-3, ... of a prompt
 
 Training pairs come from what the checkpoints of the weak model (--data, earliest first) answered to problems whose
 references are known. A copy of the weak model with a 2-way head reads prompt, A and B, in both orders, and says "keep A"
@@ -19,8 +19,8 @@ from pathlib import Path
 
 from sft import (Training, add_training_flags, apply_gradients, cosine_lr, encode_completion, encode_prompt, hidden_states,
                  make_optimizers, open_model, open_tokenizer, pack, pick_device)
-from tasks import (BatchLog, InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage, write_json,
-                   write_jsonl)
+from tasks import (BatchLog, InputError, dumps, get_task, make_parser, partial_path, positive, read_jsonl, run_stage, share,
+                   short, write_json, write_jsonl)
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -160,7 +160,7 @@ def train(args):
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
     check_every = math.ceil(steps_per_epoch / 4)      # for --stop-accuracy; the loss is looked at after whole epochs
 
-    bar = tqdm(total=total, initial=done, desc=f"judge {Path(args.out).name}", unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=done, desc=f"judge {short(args.out)}", unit="step", mininterval=1)
     for epoch in range(done // steps_per_epoch, args.epochs):
         if reached or (len(history) > 1 and history[-1] > history[-2]):
             break
@@ -287,7 +287,7 @@ def ask_model(args, rows, asked, folder):
     asked = sorted(asked, key=lambda i: (-len(sequences[i][0]), i))
     batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
     log = BatchLog(folder, [len(b) for b in batches])
-    with tqdm(total=len(asked), initial=len(log.results), desc=f"score {Path(args.out).name}", unit="pair", mininterval=1) as bar:
+    with tqdm(total=len(asked), initial=len(log.results), desc=f"score {short(args.out)}", unit="pair", mininterval=1) as bar:
         for batch in batches[log.batches_done:]:
             probs = probabilities(model, [ids for i in batch for ids in sequences[i]], args, device)
             log.append([[i, ab, ba] for i, ab, ba in zip(batch, probs[0::2], probs[1::2])])
@@ -328,8 +328,8 @@ def parser():
     t.add_argument("--data", required=True, nargs="+", help="samples, a file per checkpoint, earliest first")
     t.add_argument("--gold", required=True, help="the same problems with their demonstrations")
     t.add_argument("--out", required=True, help="folder to write")
-    t.add_argument("--wrong-per-problem", type=int, default=1, help="pairs with an incorrect sample, per problem")
-    t.add_argument("--stop-accuracy", type=float, default=0, help="train a judge of this accuracy on the stopping problems (looked "
+    t.add_argument("--wrong-per-problem", type=positive, default=1, help="pairs with an incorrect sample, per problem")
+    t.add_argument("--stop-accuracy", type=share, default=0, help="train a judge of this accuracy on the stopping problems (looked "
                    "at four times an epoch) and no better; 0: as good as it gets")
     add_training_flags(t, lr=1e-6, batch_size=16, epochs=5)
     s = commands.add_parser("score", help="two completions of each problem -> comparisons", description=__doc__,
@@ -339,9 +339,9 @@ def parser():
     s.add_argument("--a", required=True, help="records: the present completions (or samples)")
     s.add_argument("--b", nargs="+", help="records: the proposed completions; left out, --a's samples are paired two by two")
     s.add_argument("--out", required=True, help="file to write")
-    s.add_argument("--batch-size", type=int, default=256, help="pairs appended together")
-    s.add_argument("--row-tokens", type=int, default=2048, help="tokens per packed row")
-    s.add_argument("--micro-tokens", type=int, default=16384, help="tokens per forward pass")
+    s.add_argument("--batch-size", type=positive, default=256, help="pairs appended together")
+    s.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
+    s.add_argument("--micro-tokens", type=positive, default=16384, help="tokens per forward pass")
     s.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     return p
 

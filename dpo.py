@@ -10,11 +10,10 @@ Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again
 Unlike the paper's release: a loop of its own instead of TRL's trainer, and pairs whose two judge prompts really differ.
 """
 import math
-from pathlib import Path
 
 from sft import (Training, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
                  encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device)
-from tasks import BatchLog, InputError, make_parser, partial_path, read_jsonl, run_stage
+from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
@@ -113,7 +112,7 @@ def main(args):
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
 
-    bar = tqdm(total=total, initial=done, desc=f"dpo {Path(args.out).name}", unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=done, desc=f"dpo {short(args.out)}", unit="step", mininterval=1)
     for epoch in range(done // steps_per_epoch, args.epochs):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
         for k in range(done % steps_per_epoch, steps_per_epoch):
@@ -155,8 +154,8 @@ def parser():
     p.add_argument("--reference", help="folder or hub name of the reference model (default: --model)")
     p.add_argument("--data", required=True, help="records with id, prompt, chosen, rejected")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--beta", type=float, default=0.1, help="strength of the pull towards the reference")
-    p.add_argument("--max-length", type=int, default=2048, help="tokens of prompt and completion; longer pairs are left out")
+    p.add_argument("--beta", type=rate, default=0.1, help="strength of the pull towards the reference")
+    p.add_argument("--max-length", type=positive, default=2048, help="tokens of prompt and completion; longer pairs are left out")
     add_training_flags(p, lr=1e-6, batch_size=32, epochs=2)
     return p
 

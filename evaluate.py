@@ -1,7 +1,7 @@
 """Grade completions; a run folder -> the paper-style table and figures.
 
-    python evaluate.py grade --task gsm8k --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
-    python evaluate.py pick --task gsm8k --data s1.jsonl s2.jsonl --models m1 m2 --accuracy 0.5 --out labeler
+    python evaluate.py grade --task arithmetic --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
+    python evaluate.py pick --task arithmetic --data s1.jsonl s2.jsonl --models m1 m2 --accuracy 0.5 --out labeler
     python evaluate.py report runs/arithmetic                                           # report.md, report.json, 2 figures
     python evaluate.py config runs/x TASK=arithmetic ROUNDS=3 ...                       # run_ilr.sh: write or check config.json
 
@@ -18,7 +18,8 @@ import platform
 import subprocess
 from pathlib import Path
 
-from tasks import InputError, get_task, make_parser, read_jsonl, run_stage, write_json, write_jsonl, write_text
+from tasks import (InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, write_json, write_jsonl,
+                   write_text)
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")     # settings that add work and change none
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom (standard table); beyond 30 the normal's 1.96.
@@ -48,6 +49,8 @@ def mean_interval(values):
 # ---------------------------------------------------------------- grade
 def grade(args):
     task = get_task(args.task)
+    if args.out:
+        refuse_existing(args.out)
     records = read_jsonl(args.data, ("id", "completion", "reference"), ("id", "sample"))
     graded = [{**r, "correct": task.grade(r)} for r in records]
     if args.out:
@@ -61,6 +64,7 @@ def pick(args):
     """Link --out to the model whose samples' accuracy is nearest to the asked one: supervision as unreliable as asked for,
     whatever the hardware or the base model make of a training run."""
     task = get_task(args.task)
+    refuse_existing(args.out)
     if len(args.data) != len(args.models):
         raise InputError(f"--data has {len(args.data)} files for {len(args.models)} --models")
     shares = []
@@ -115,8 +119,8 @@ def collect(run):
     for folder in seeds:
         seed = int(folder.name[5:])
         for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: int(p.name.split("_")[1].split(".")[0])):
-            share, n_test = correct_share(path)
-            tests.setdefault(path.parent.name, {}).setdefault(seed, []).append(share)
+            right, n_test = correct_share(path)
+            tests.setdefault(path.parent.name, {}).setdefault(seed, []).append(right)
         for path in folder.glob("*/labels.graded.jsonl"):
             labels.setdefault(path.parent.name, {})[seed] = [correct_share(path)[0]]
         for path in folder.glob("*/comparisons.jsonl.summary"):
@@ -211,12 +215,12 @@ def write_report(run, data, times, settings):
             mean, half, _ = paired(tests, a, b)
             text.append(f"- ILR's last round minus DPO's ({what}): {mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
                         + " points." + (" The interval includes 0: not established." if half is not None and abs(mean) <= half else ""))
-    text += ["\n## Test accuracy by round\n",
+    text += ["\n## Accuracy by round\n",
              table(["method", "SFT", *(f"round {k}" for k in range(1, most))],
                    [[m.upper(), *(cell(tests[p], n) for p in points_of(data, m))] for m in methods]),
              table(["beside it", "accuracy"], [[name, cell(tests[p], n)] for p, name in (
                  ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
-             "![test accuracy per round](test_accuracy.png)\n"]
+             "![accuracy per round](test_accuracy.png)\n"]
     label_points = ["weak", *(p for p in points_of(data, "ilr") if p in data["labels"])]
     if "weak" in data["labels"]:
         text += ["## Label accuracy by round\n",
@@ -267,6 +271,8 @@ def draw(path, title, ylabel, series, lines):
     axes.set_xticks(range(max(len(r) for _, _, r in series)))
     axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
     axes.grid(axis="y", alpha=0.3)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(-2, min(low, high - 10)), min(102, max(high, low + 10)))      # never finer than a point can be
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
     plt.close(figure)
@@ -315,7 +321,7 @@ def parser():
     k.add_argument("--task", required=True)
     k.add_argument("--data", required=True, nargs="+", help="samples with id, completion, reference, a file for each of --models")
     k.add_argument("--models", required=True, nargs="+")
-    k.add_argument("--accuracy", required=True, type=float, help="a share")
+    k.add_argument("--accuracy", required=True, type=share, help="a share")
     k.add_argument("--out", required=True, help="link to the model's folder")
     r = commands.add_parser("report", help="a run folder -> report.md, report.json and figures")
     r.add_argument("run", metavar="RUN_DIR")

@@ -16,7 +16,8 @@ import hashlib
 from pathlib import Path
 
 from sft import encode_prompt, half_of, open_model, open_tokenizer, pick_device
-from tasks import BatchLog, InputError, dumps, make_parser, partial_path, read_jsonl, run_stage, write_jsonl
+from tasks import (BatchLog, InputError, amount, dumps, make_parser, partial_path, positive, read_jsonl, run_stage, short,
+                   write_jsonl)
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -146,7 +147,7 @@ def generate_file(args, model_path, data, out, half):
                   key=lambda job: (-len(prompts[job[0]]), job))
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     log = BatchLog(folder, [len(b) for b in batches])
-    with tqdm(total=len(jobs), initial=len(log.results), desc=f"generate {Path(out).name}", unit="answer", mininterval=1) as bar:
+    with tqdm(total=len(jobs), initial=len(log.results), desc=f"generate {short(out)}", unit="answer", mininterval=1) as bar:
         for batch in batches[log.batches_done:]:
             ids = [prompts[i] for i, _ in batch]
             if args.num_beams > 1:
@@ -190,12 +191,12 @@ def parser():
     p.add_argument("--model", required=True, nargs="+", help="folders or hub names")
     p.add_argument("--data", required=True, nargs="+", help="records with id, prompt")
     p.add_argument("--out", required=True, nargs="+", help="files to write")
-    p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    p.add_argument("--num-samples", type=int, default=1, help="completions per prompt")
-    p.add_argument("--num-beams", type=int, default=1, help="beam search with this many beams")
-    p.add_argument("--max-new-tokens", type=int, default=256)
-    p.add_argument("--max-prompt-tokens", type=int, default=4096, help="a longer prompt is an error")
-    p.add_argument("--batch-size", type=int, default=256, help="rows decoded together")
+    p.add_argument("--temperature", type=amount, default=0.0, help="0 is greedy")
+    p.add_argument("--num-samples", type=positive, default=1, help="completions per prompt")
+    p.add_argument("--num-beams", type=positive, default=1, help="beam search with this many beams")
+    p.add_argument("--max-new-tokens", type=positive, default=256, help="a longer answer is cut off")
+    p.add_argument("--max-prompt-tokens", type=positive, default=4096, help="a longer prompt is an error")
+    p.add_argument("--batch-size", type=positive, default=256, help="rows decoded together")
     p.add_argument("--seed", type=int, default=0, help="of the sampling noise, and of the halves")
     p.add_argument("--half", type=int, nargs="+", choices=[1, 2], help="answer the records of one cross-labelling half only")
     p.add_argument("--round", type=int, default=0, help="refinement round, for --half")

@@ -1,8 +1,8 @@
 """Labels and comparisons -> new labels; or scored samples -> preference pairs for DPO. Needs neither torch nor a GPU.
 
-    python refine.py --labels labels_0.jsonl --comparisons c.jsonl --task gsm8k --out labels_1.jsonl        # ILR
-    python refine.py --method naive --labels l.jsonl --proposals p.jsonl --task gsm8k --out l2.jsonl
-    python refine.py --method pairs --comparisons scored_samples.jsonl --task gsm8k --out preferences.jsonl # for dpo.py
+    python refine.py --labels labels_0.jsonl --comparisons c.jsonl --task arithmetic --out labels_1.jsonl        # ILR
+    python refine.py --method naive --labels l.jsonl --proposals p1.jsonl p2.jsonl --task arithmetic --out l2.jsonl
+    python refine.py --method pairs --comparisons scored_samples.jsonl --task arithmetic --out preferences.jsonl # for dpo.py
 
 ilr     of the n disagreements accept the k = (n-1) - floor((1-alpha)(n-1)) proposals with the highest prob_b (ties in
         order of id), and of these only prob_b > 0.5: with distinct scores the release's max(0.5, quantile(1-alpha))
@@ -18,7 +18,8 @@ import math
 import random
 from fractions import Fraction
 
-from tasks import InputError, dumps, get_task, make_parser, read_jsonl, run_stage, write_json, write_jsonl
+from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, write_json,
+                   write_jsonl)
 
 
 def accept_count(n, alpha):
@@ -94,8 +95,7 @@ def in_words(result, total):
 
 def main(args):
     task = get_task(args.task)
-    if not 0 <= args.max_replace <= 1:
-        raise InputError(f"--max-replace {args.max_replace}: expected a share between 0 and 1")
+    refuse_existing(args.out)
     if args.method == "pairs":
         fields = ("id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b")
         comparisons = read_jsonl(need(args, "comparisons"), fields, ("id", "pair"))
@@ -115,7 +115,7 @@ def main(args):
 
     labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion"))
     if args.method == "naive":
-        proposals = {r["id"]: (r["completion"], None) for r in read_jsonl(need(args, "proposals"), ("id", "completion"))}
+        proposals = {r["id"]: (r["completion"], None) for path in need(args, "proposals") for r in read_jsonl(path, ("id", "completion"))}
         ids = sorted((r["id"] for r in labels), key=str)
         accepted = set(random.Random(dumps([args.seed, args.round, "naive"])).sample(
             ids, math.floor(Fraction(str(args.max_replace)) * len(ids))))
@@ -135,7 +135,7 @@ def main(args):
             accepted = accepted_ids(comparisons, args.max_replace)
     missing = [r["id"] for r in labels if r["id"] not in proposals]
     if missing:
-        raise InputError(f"{args.proposals or args.comparisons}: id {missing[0]} of {args.labels} is missing")
+        raise InputError(f"{' '.join(args.proposals or [args.comparisons])}: id {missing[0]} of {args.labels} is missing")
     new = refine(labels, proposals, accepted, args.round)
     result = measure(task, labels, new)
     write_json(f"{args.out}.summary", result)
@@ -151,15 +151,15 @@ def need(args, name):
 
 def parser():
     p = make_parser(__doc__, prog="refine.py")
-    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "pairs"])
+    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "pairs"], help="see above")
     p.add_argument("--labels", help="present labels, one per problem")
     p.add_argument("--comparisons", help="what `compare.py score` wrote")
-    p.add_argument("--proposals", help="proposed completions, for naive")
+    p.add_argument("--proposals", nargs="+", help="proposed completions, for naive")
     p.add_argument("--task", required=True, help="whose grade the summary uses")
     p.add_argument("--out", required=True, help="file to write")
-    p.add_argument("--max-replace", type=float, default=0.15, help="alpha, a share")
+    p.add_argument("--max-replace", type=share, default=0.15, help="alpha, a share")
     p.add_argument("--round", type=int, default=1, help="written into the labels that are replaced")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="of the random choices of naive and pairs")
     return p
 
 

@@ -65,6 +65,21 @@ if [ "${HELP:-0}" = 1 ]; then
   for name in OUT $VARIABLES JOBS STATE_EVERY BASES PYTHON; do printf '  %-14s %s\n' "$name" "${!name}"; done
   exit
 fi
+check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anything is written
+  local regex=$1 what=$2 name; shift 2
+  for name in "$@"; do
+    [[ ${!name} =~ ^$regex$ ]] || { echo "run_ilr.sh: error: $name is '${!name}': expected $what" >&2; exit 2; }
+  done
+}
+check '[1-9]' 'a digit from 1 to 9' JOBS
+check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST PRETRAIN PRETRAIN_WEAK WEAK_EPOCHS WEAK_BATCH \
+  SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
+check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
+check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY
+check '(trained|oracle)' 'trained or oracle' JUDGE
+check '(test|validation)' 'test or validation' EVAL
+check '(ilr|dpo)( +(ilr|dpo))*' 'ilr, dpo or both' METHODS
 PACKING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
@@ -74,7 +89,7 @@ export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELE
 # of its slot, its seconds to times.jsonl. LATER is its niceness: stages that nothing waits for give way to the longest path.
 say() { [ ! -t 1 ] || printf '\r\033[J'; echo "$*"; }      # on a terminal, wipe the bars below first; they draw themselves again
 stage() {
-  local name=$1 target=$2 status=0 said=$OUT/.stage.$BASHPID slot place start; shift 2
+  local name=$1 target=$2 status=0 said=$OUT/.stage.$BASHPID slot place start again; shift 2
   if [ "$DRY" = 1 ]; then printf '%q ' "$@"; echo; return; fi
   if [ -e "$target" ]; then slot=none
   else case $2 in refine.py|evaluate.py|tasks/*) slot=0 ;; *) read -r -n 1 -u 8 slot ;; esac; fi
@@ -90,8 +105,9 @@ stage() {
   cat "$said.out" >>"$OUT/log.txt"
   [ ! -s "$said.out" ] || say "    $(tail -n 1 "$said.out")"
   if [ $status != 0 ]; then
-    tr '\r' '\n' <"$said.err" 2>/dev/null | tail -n 5 >&2 || true
-    echo "run_ilr.sh: error: stage $name failed (exit $status); the same command continues from here" >&2
+    [ ! -e "$said.err" ] || tr '\r' '\n' <"$said.err" | tail -n 5 >&2
+    [ $status = 2 ] || again="; the same command continues from here"
+    echo "run_ilr.sh: error: stage $name failed (exit $status)${again:-}" >&2
   else
     echo "{\"stage\": \"$name\", \"seconds\": $((SECONDS - start))}" >>"$OUT/times.jsonl"
   fi
@@ -102,9 +118,12 @@ stage() {
 # lanes A B ...: run functions side by side, or in turn with JOBS=1, where their order must satisfy what they need. A lane
 # is a process group of its own, so that one that fails, or an interrupt, ends the others with all their children.
 LANES=()
-end_lanes() { for lane in "${LANES[@]}"; do kill -- "-$lane" 2>/dev/null || true; done; }
+end_lanes() {
+  for lane in "${LANES[@]}"; do kill -- "-$lane" 2>/dev/null || true; done
+  wait 2>/dev/null      # for their ends, which bash would else announce
+}
 trap end_lanes EXIT
-trap 'exit 130' INT TERM
+trap 'echo "run_ilr.sh: interrupted; the same command continues from here" >&2; exit 130' INT TERM
 lanes() {
   local lane
   if [ "$JOBS" -lt 2 ] || [ "$DRY" = 1 ]; then for lane in "$@"; do $lane; done; return; fi
@@ -275,7 +294,6 @@ pipeline() {
       case $method in
         ilr) steps="$steps ilr_labels ilr_models" ;;
         dpo) steps="$steps dpo_models dpo_answers" ;;
-        *) echo "run_ilr.sh: error: METHODS: unknown method $method; choose from: ilr dpo" >&2; exit 2 ;;
       esac
     done
     lanes $steps ceiling

@@ -17,13 +17,17 @@ import math
 import shutil
 from pathlib import Path
 
-from tasks import InputError, dumps, get_task, make_parser, partial_path, read_jsonl, run_stage, write_text
+from tasks import (InputError, amount, dumps, get_task, make_parser, partial_path, positive, rate, read_jsonl, run_stage,
+                   share, short, write_text)
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
 def pick_device(name):
     import torch
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    return device
 
 
 def open_pretrained(auto_class, path, **kwargs):
@@ -50,7 +54,10 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs).to(device)
+    model = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs)
+    if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
+        raise InputError(f"{path}: a judge, not a language model")
+    return model.to(device)
 
 
 def text_ids(tokenizer, text):
@@ -240,17 +247,17 @@ class Training:
 
 
 def add_training_flags(p, lr, batch_size, epochs):
-    p.add_argument("--lr", type=float, default=lr, help="peak learning rate")
-    p.add_argument("--epochs", type=int, default=epochs)
-    p.add_argument("--batch-size", type=int, default=batch_size, help="records per optimizer step")
+    p.add_argument("--lr", type=rate, default=lr, help="peak learning rate")
+    p.add_argument("--epochs", type=positive, default=epochs, help="passes over the data")
+    p.add_argument("--batch-size", type=positive, default=batch_size, help="records per optimizer step")
     p.add_argument("--optimizer", default="auto", choices=["auto", "adamw", "adamw8bit", "rmsprop8bit", "muon"],
                    help="auto: adamw8bit on CUDA, fused adamw on CPU")
-    p.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising learning rate")
-    p.add_argument("--row-tokens", type=int, default=2048, help="tokens per packed row")
-    p.add_argument("--micro-tokens", type=int, default=4096, help="tokens per forward pass; lower it to save memory")
+    p.add_argument("--warmup", type=share, default=0.05, help="share of the steps with a rising learning rate")
+    p.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
+    p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass; lower it to save memory")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
-    p.add_argument("--state-every", type=float, default=300, help="seconds between resumable states")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--state-every", type=amount, default=300, help="seconds between resumable states")
+    p.add_argument("--seed", type=int, default=0, help="of the order of the data")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
 
 
@@ -315,7 +322,7 @@ def main(args):
                    for k in range(1, math.ceil(1 / args.save_every - 1e-9))} if args.save_every else {}
     done = training.state.get("step", 0)
 
-    bar = tqdm(total=total, initial=done, desc=f"sft {Path(args.out).name}", unit="step", mininterval=1)
+    bar = tqdm(total=total, initial=done, desc=f"sft {short(args.out)}", unit="step", mininterval=1)
     for epoch in range(done // steps_per_epoch, args.epochs):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(sequences))
         for k in range(done % steps_per_epoch, steps_per_epoch):
@@ -357,9 +364,9 @@ def parser():
     p.add_argument("--task", help="leave out completions that this task cannot parse")
     p.add_argument("--half", type=int, choices=[1, 2], help="train on one cross-labelling half only")
     p.add_argument("--round", type=int, default=0, help="refinement round, for --half")
-    p.add_argument("--save-every", type=float, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
-    p.add_argument("--prompt-weight", type=float, default=0.0, help="loss weight of prompt tokens (pretraining)")
-    p.add_argument("--max-length", type=int, default=2048, help="tokens; longer records are left out and counted")
+    p.add_argument("--save-every", type=share, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
+    p.add_argument("--prompt-weight", type=amount, default=0.0, help="loss weight of prompt tokens (pretraining)")
+    p.add_argument("--max-length", type=positive, default=2048, help="tokens; longer records are left out and counted")
     add_training_flags(p, lr=1e-5, batch_size=32, epochs=2)
     return p
 

@@ -5,7 +5,7 @@
 #   EVAL=validation SEEDS=100 OUT=runs/validation bash run_ilr.sh && bash benchmarks/dpo_sweep.sh runs/validation/seed_100
 set -euo pipefail
 run=$(realpath "$1"); cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python} LRS=${LRS:-3e-6 1e-5 3e-5 1e-4} SHARES=${SHARES:-0.15} TRAININGS=${TRAININGS:-0 1} out=$run/dpo_sweep
+PYTHON=${PYTHON:-python} LRS=${LRS:-3e-6 1e-5 3e-5} SHARES=${SHARES:-0.15} TRAININGS=${TRAININGS:-0 1} out=$run/dpo_sweep
 export OMP_NUM_THREADS=1
 mkdir -p "$out"
 echo "| share of pairs | learning rate | training seed | validation accuracy |"; echo "| --- | --- | --- | --- |"

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import sys
 import traceback
@@ -103,12 +104,16 @@ def write_json(path, value):
 
 
 # ---------------------------------------------------------------- unfinished work
+def refuse_existing(out):
+    if Path(out).exists():
+        raise InputError(f"--out {out} exists: delete it, or choose another name")
+
+
 def partial_path(out, args, inputs):
     """Where a stage keeps its unfinished work for `out`: a path whose name holds a hash of the work itself
     (arguments, source of the stages, and size and time of every input file), so that work begun under other
     settings is never continued. Work for the same `out` under another hash is left where it is."""
-    if Path(out).exists():
-        raise InputError(f"--out {out} exists: delete it, or choose another name")
+    refuse_existing(out)
     digest = hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode())
     for source in sorted(Path(__file__).parent.parent.glob("*.py")):
         digest.update(source.read_bytes())
@@ -146,6 +151,30 @@ class BatchLog:
 
 
 # ---------------------------------------------------------------- command line
+def bounded(kind, low, high, what):
+    """An argparse type: `kind` between `low` and `high`, else "expected `what`"."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected {what}")
+        return value
+    return parse
+
+
+positive = bounded(int, 1, math.inf, "a whole number above 0")
+share = bounded(float, 0, 1, "a share between 0 and 1")
+rate = bounded(float, sys.float_info.min, sys.float_info.max, "a number above 0")
+amount = bounded(float, 0, sys.float_info.max, "0 or a number above it")
+
+
+def short(path):
+    """The last two parts of a path, for a progress bar."""
+    return "/".join(Path(path).parts[-2:])
+
+
 def run_stage(parser, main, argv=None):
     """Parse, run, and turn what a user can cause into one line: exit 2 for bad input, 1 for a run-time failure."""
     args = parser.parse_args(argv)
@@ -176,7 +205,8 @@ def _fail(parser, message, code):
 def make_parser(doc, **kwargs):
     """argparse with the stage's docstring as its help and every default shown."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return action.help if action.default is None else super()._get_help_string(action)
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):     # one line, as for every other bad input

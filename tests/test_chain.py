@@ -143,6 +143,14 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
 
 
+@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast"])
+def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
+    name, _, value = setting.partition("=")
+    refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
+    assert refused.returncode == 2 and refused.stderr.startswith(f"run_ilr.sh: error: {name} is '{value}': expected ")
+    assert len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_two_runs_in_one_folder_are_refused(copied):
     import fcntl
     out, bases = copied
