@@ -49,6 +49,8 @@ def probabilities(model, sequences, args, device):
         for batch in pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens, args.micro_tokens, device):
             owner, logits = judge_logits(model, batch)
             probs[owner.cpu()] = logits.softmax(-1)[:, 1].cpu()
+    if not probs.isfinite().all():
+        raise FloatingPointError("the judge answers with NaN: its weights are broken")
     return probs.tolist()
 
 
@@ -72,7 +74,7 @@ def make_pairs(task, samples, seed, wrong_per_problem=1):
     import random
     problems = {}
     for records in samples:
-        for r in records:
+        for r in sorted(records, key=lambda r: r.get("sample", 0)):
             problems.setdefault(r["id"], []).append(r)
     pairs = []
     for id_, answers in problems.items():
@@ -97,7 +99,7 @@ def make_pairs(task, samples, seed, wrong_per_problem=1):
 def three_splits(pairs, seed):
     """(train 80%, stop 10%, test 10%) of the pairs, cut by problem."""
     import random
-    ids = sorted({p["id"] for p in pairs})
+    ids = sorted({p["id"] for p in pairs}, key=dumps)
     random.Random(dumps([seed, "splits"])).shuffle(ids)
     a, b = len(ids) * 8 // 10, len(ids) * 9 // 10
     groups = set(ids[:a]), set(ids[a:b]), set(ids[b:])

@@ -67,6 +67,9 @@ def pick(args):
     refuse_existing(args.out)
     if len(args.data) != len(args.models):
         raise InputError(f"--data has {len(args.data)} files for {len(args.models)} --models")
+    for model in args.models:
+        if not Path(model).is_dir():
+            raise InputError(f"--models {model}: no such folder")
     shares = []
     for path in args.data:
         records = read_jsonl(path, ("id", "completion", "reference"), ("id", "sample"))
@@ -74,7 +77,7 @@ def pick(args):
     model = args.models[min(range(len(shares)), key=lambda i: abs(shares[i] - args.accuracy))]
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.symlink_to(os.path.relpath(model, out.parent))
+    out.symlink_to(os.path.relpath(Path(model).resolve(), out.parent.resolve()))
     print(f"{args.out}: {model}, of samples {', '.join(f'{s:.1%}' for s in shares)} correct the nearest to {args.accuracy:.0%}")
 
 
@@ -91,8 +94,7 @@ def config(args):
                name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}}
     path = Path(args.run) / "config.json"
     if path.exists():
-        before = json.loads(path.read_text())
-        flat = [{**c["settings"], "code": c["code"], **c["versions"]} for c in (before, now)]
+        flat = [{**c.get("settings", {}), "code": c.get("code"), **c.get("versions", {})} for c in (load_json(path), now)]
         changed = [f"{k} was {flat[0].get(k)!r}, is {flat[1].get(k)!r}" for k in {**flat[0], **flat[1]}
                    if flat[0].get(k) != flat[1].get(k) and k not in MAY_GROW]
         if changed:
@@ -108,14 +110,21 @@ def correct_share(path):
 
 
 def load_json(path):
-    return json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    """The object in a JSON file, {} where there is none."""
+    try:
+        value = json.loads(Path(path).read_text()) if Path(path).exists() else {}
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
 
 
 def collect(run):
     """What the files of a run say: `tests` and `labels` as {point: {seed: [share correct of each retrain]}}, summaries and
     the number of problems in a test file."""
     tests, labels, comparisons, refinements, judges, n_test = {}, {}, {}, {}, {}, 0
-    seeds = sorted(run.glob("seed_*"), key=lambda p: int(p.name[5:]))
+    seeds = sorted((p for p in run.glob("seed_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
     for folder in seeds:
         seed = int(folder.name[5:])
         for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: int(p.name.split("_")[1].split(".")[0])):
@@ -135,9 +144,9 @@ def collect(run):
 
 
 def points_of(data, method):
-    """The points of a method in order: the SFT start, then its rounds."""
-    rounds = sorted((p for p in data["tests"] if p.rpartition("_")[0] == method), key=lambda p: int(p.rpartition("_")[2]))
-    return ["sft"] + rounds if "sft" in data["tests"] else rounds
+    """The points of a method in order, {round: name}: the SFT start is round 0."""
+    rounds = {int(p.rpartition("_")[2]): p for p in data["tests"] if p.rpartition("_")[0] == method}
+    return dict(sorted({**({0: "sft"} if "sft" in data["tests"] else {}), **rounds}.items()))
 
 
 def methods_of(data):
@@ -167,10 +176,15 @@ def cell(by_seed, n=0):
 
 
 def paired(tests, a, b):
-    """Difference a - b of two points per seed, in points of accuracy: (mean, half width or None, per-seed list)."""
-    first, second = seed_means(tests[a]), seed_means(tests[b])
+    """Difference a - b of two points per seed, in points of accuracy: ("mean ± half width", "per seed", mean, whether
+    the interval excludes 0, None for a single seed); None where no seed has both."""
+    first, second = seed_means(tests.get(a, {})), seed_means(tests.get(b, {}))
     differences = [100 * (first[s] - second[s]) for s in first if s in second]
-    return *mean_interval(differences), differences
+    if not differences:
+        return None
+    mean, half = mean_interval(differences)
+    return (f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else ""), ", ".join(f"{d:+.1f}" for d in differences), mean,
+            None if half is None else abs(mean) > half)
 
 
 def table(header, rows):
@@ -188,40 +202,37 @@ def average(by_seed, key, percent=True):
 def write_report(run, data, times, settings):
     tests, n, seeds = data["tests"], data["n_test"], data["seeds"]
     methods = methods_of(data)
-    most = max((len(points_of(data, m)) for m in methods), default=1)
+    most = max((max(points_of(data, m)) for m in methods), default=0)
     retrains = max((len(v) for by_seed in tests.values() for v in by_seed.values()), default=0)
     interval = ("± is Student's 95% interval over the seeds" if len(seeds) > 1 else
                 "brackets: Wilson's 95% interval over problems, blind to seeds and retrains")
     text = [f"# {settings.get('TASK', run.name)}: ILR and DPO under unreliable supervision\n",
             f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Accuracy in percent on {n:,} "
             f"{settings.get('EVAL', 'test')} problems a seed, mean of up to {retrains} retrains a point; {interval}.\n"]
+    verdicts = {None: "", True: " The interval excludes 0.", False: " The interval includes 0: not established."}
+    last = {m: list(points_of(data, m).values())[-1] for m in methods}
     for m in methods:
-        last = points_of(data, m)[-1]
-        if "sft" in tests and last != "sft":
-            mean, half, each = paired(tests, last, "sft")
-            verdict = ("" if half is None else
-                       " The interval excludes 0." if abs(mean) > half else " The interval includes 0: not established.")
-            text.append(f"- {m.upper()} after round {last.rpartition('_')[2]} minus SFT: **{mean:+.1f}"
-                        + (f" ± {half:.1f}**" if half is not None else "**") + f" points.{verdict} Per seed: "
-                        + ", ".join(f"{d:+.1f}" for d in each) + ".")
+        if found := paired(tests, last[m], "sft"):
+            text.append(f"- {m.upper()} after round {last[m].rpartition('_')[2]} minus SFT: **{found[0]}** points.{verdicts[found[3]]} "
+                        f"Per seed: {found[1]}.")
     if "dpo" in methods and "sft" in tests and retrains > 1:
         start = {"start": {seed: shares[:1] for seed, shares in tests["sft"].items()}}
-        mean, half, _ = paired({**tests, **start}, points_of(data, "dpo")[-1], "start")
-        text.append(f"- DPO starts from SFT's first training: its last round minus that one alone {mean:+.1f}"
-                    + (f" ± {half:.1f}" if half is not None else "") + " points.")
+        if found := paired({**tests, **start}, last["dpo"], "start"):
+            text.append(f"- DPO starts from SFT's first training: its last round minus that one alone {found[0]} points.")
     if {"ilr", "dpo"} <= set(methods):
-        a, b = points_of(data, "ilr")[-1], max(points_of(data, "dpo")[1:], key=lambda p: paired(tests, p, "sft")[0])
-        for b, what in ((points_of(data, "dpo")[-1], "its last round"), (b, f"its best round on these problems, {b[4:]}, a choice in DPO's favor")):
-            mean, half, _ = paired(tests, a, b)
-            text.append(f"- ILR's last round minus DPO's ({what}): {mean:+.1f}" + (f" ± {half:.1f}" if half is not None else "")
-                        + " points." + (" The interval includes 0: not established." if half is not None and abs(mean) <= half else ""))
+        gains = {p: paired(tests, p, "sft") for k, p in points_of(data, "dpo").items() if k}
+        best = max(gains, key=lambda p: gains[p][2] if gains[p] else -math.inf)
+        for p, what in ((last["dpo"], "its last round"), (best, f"its best round on these problems, {best[4:]}, a choice in DPO's favor")):
+            if found := paired(tests, last["ilr"], p):
+                text.append(f"- ILR's last round minus DPO's ({what}): {found[0]} points.{verdicts[found[3]]}")
     text += ["\n## Accuracy by round\n",
-             table(["method", "SFT", *(f"round {k}" for k in range(1, most))],
-                   [[m.upper(), *(cell(tests[p], n) for p in points_of(data, m))] for m in methods]),
+             table(["method", "SFT", *(f"round {k}" for k in range(1, most + 1))],
+                   [[m.upper(), *(cell(tests[p], n) if (p := points_of(data, m).get(k)) else "" for k in range(most + 1))]
+                    for m in methods]),
              table(["beside it", "accuracy"], [[name, cell(tests[p], n)] for p, name in (
                  ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
              "![accuracy per round](test_accuracy.png)\n"]
-    label_points = ["weak", *(p for p in points_of(data, "ilr") if p in data["labels"])]
+    label_points = ["weak", *(p for p in points_of(data, "ilr").values() if p in data["labels"])]
     if "weak" in data["labels"]:
         text += ["## Label accuracy by round\n",
                  table(["", "round 0", *(f"round {p[4:]}" for p in label_points[1:])],
@@ -236,10 +247,10 @@ def write_report(run, data, times, settings):
                      f"{sum(s['position_bias'] for s in c.values()) / len(c):.3f}",
                      *(average(data["refinements"].get(p, {}), k, k != "kept") for k in
                        ("kept", "share_of_all", "share_of_asked", "precision"))]
-                    for m in methods for p in points_of(data, m) for c in [data["comparisons"].get(p, {})] if c])]
+                    for m in methods for p in points_of(data, m).values() for c in [data["comparisons"].get(p, {})] if c])]
     total = {}
     for m in methods:
-        rounds = [data["comparisons"][p] for p in points_of(data, m) if p in data["comparisons"]]
+        rounds = [data["comparisons"][p] for p in points_of(data, m).values() if p in data["comparisons"]]
         total[m] = sum(s["asked"] for c in rounds for s in c.values()) / max(1, len(seeds))
     text.append("Comparisons used per seed, all rounds: " + ", ".join(f"{m.upper()} {v:,.0f}" for m, v in total.items()) + ".\n")
     text += ["## Seconds per stage\n", "Wall time as it was, mean over seeds; stages of two lanes run side by side.\n",
@@ -252,23 +263,23 @@ STYLES = {"ilr": ("#1f5fa8", "o", "-"), "dpo": ("#c2571a", "s", "--")}
 
 
 def draw(path, title, ylabel, series, lines):
-    """One figure: series (name, style, [{seed: [values]}]) over rounds, horizontal lines (name, value), percent."""
+    """One figure: series (name, style, {round: {seed: [values]}}), horizontal lines (name, value), percent."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for k, (name, (color, marker, dash), rounds) in enumerate(series):
         means, halves = [], []
-        for x, by_seed in enumerate(rounds):
+        for x, by_seed in sorted(rounds.items()):
             per_seed = [100 * v for v in seed_means(by_seed).values()]
             mean, half = over_seeds(by_seed)
             means.append(mean)
             halves.append(half or 0)
             axes.plot([x + 0.04 * (2 * k - 1)] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
-        axes.errorbar(range(len(means)), means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
+        axes.errorbar(sorted(rounds), means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
         axes.axhline(value, color=shade, ls=dash, lw=1.2, label=name)
-    axes.set_xticks(range(max(len(r) for _, _, r in series)))
+    axes.set_xticks(range(1 + max((k for _, _, rounds in series for k in rounds), default=0)))
     axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
     axes.grid(axis="y", alpha=0.3)
     low, high = axes.get_ylim()
@@ -285,18 +296,17 @@ def report(args):
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
     times = {}
-    for line in (run / "times.jsonl").read_text().splitlines() if (run / "times.jsonl").exists() else []:
-        row = json.loads(line)
+    for row in read_jsonl(run / "times.jsonl", ("stage", "seconds"), ()) if (run / "times.jsonl").exists() else []:
         times.setdefault(row["stage"].partition("/")[2] if row["stage"].startswith("seed_") else row["stage"], []).append(row["seconds"])
     settings = load_json(run / "config.json").get("settings", {})
     seeds = f"mean and 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
     methods = methods_of(data)
     split = settings.get("EVAL", "test")
     draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
-         [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), [data["tests"][p] for p in points_of(data, m)]) for m in methods]
-         or [("SFT", STYLES["ilr"], [next(iter(data["tests"].values()))])],
+         [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), {k: data["tests"][p] for k, p in points_of(data, m).items()}) for m in methods]
+         or [("SFT", STYLES["ilr"], {0: data["tests"]["sft"]} if "sft" in data["tests"] else {})],
          [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
-    labels = [data["labels"][p] for p in ["weak", *points_of(data, "ilr")] if p in data["labels"]]
+    labels = {k: data["labels"][p] for k, p in {**points_of(data, "ilr"), 0: "weak"}.items() if p in data["labels"]}
     if labels:
         draw(run / "label_accuracy.png", f"Training labels that are correct, per round ({seeds})", "label accuracy (%)",
              [("ILR's labels", STYLES["ilr"], labels)], [])

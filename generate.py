@@ -13,11 +13,12 @@ Unlike the paper's release: beams are asked for by name, never implied by a temp
 comes from (seed, id, sample), so that, up to rounding of logits, an answer does not depend on its neighbours.
 """
 import hashlib
+import os
 from pathlib import Path
 
 from sft import encode_prompt, half_of, open_model, open_tokenizer, pick_device
 from tasks import (BatchLog, InputError, amount, dumps, make_parser, partial_path, positive, read_jsonl, run_stage, short,
-                   write_jsonl)
+                   whole, write_jsonl)
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -84,6 +85,8 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
     with torch.inference_mode():
         out = model(input_ids=input_ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     past_key_values=roomy_cache(model, width + max_new_tokens), use_cache=True, logits_to_keep=1)
+        if not out.logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite: its weights are broken")
         for step in range(max_new_tokens):
             # ABLATION: the sampling rule
             chosen = choose_tokens(out.logits[:, -1], temperature, None if uniforms is None else uniforms[alive, step])
@@ -133,6 +136,8 @@ def generate_file(args, model_path, data, out, half):
         records = [r for r in records if half_of(args.seed, args.round, r["id"]) == half]
     if args.limit:
         records = records[:args.limit]
+    if not records:
+        raise InputError(f"{data}: none of its records is in half {half}")
 
     import torch
     from tqdm import tqdm
@@ -141,6 +146,8 @@ def generate_file(args, model_path, data, out, half):
     model = open_model(model_path, device).eval()
     prompts = [encode_prompt(tokenizer, r["prompt"]) for r in records]
     for r, prompt in zip(records, prompts):
+        if not prompt:
+            raise InputError(f"{data}: the prompt of {r['id']} is empty, and the tokenizer has no BOS token to start from")
         if len(prompt) > args.max_prompt_tokens:
             raise InputError(f"{data}: the prompt of {r['id']} has {len(prompt)} tokens; raise --max-prompt-tokens")
     jobs = sorted(((i, s) for i in range(len(records)) for s in range(args.num_samples)),
@@ -174,6 +181,8 @@ def main(args):
     for name, values in given.items():
         if len(values) not in (1, len(args.out)):
             raise InputError(f"{name} has {len(values)} values; give one for all, or one for each of the {len(args.out)} of --out")
+    if len({os.path.realpath(out) for out in args.out}) < len(args.out):
+        raise InputError("--out names one file twice")
     if args.num_samples > 1 and args.temperature == 0:
         raise InputError("--num-samples above 1 needs a --temperature above 0: greedy samples are all equal")
     if args.num_beams > 1 and args.temperature > 0:
@@ -197,11 +206,11 @@ def parser():
     p.add_argument("--max-new-tokens", type=positive, default=256, help="a longer answer is cut off")
     p.add_argument("--max-prompt-tokens", type=positive, default=4096, help="a longer prompt is an error")
     p.add_argument("--batch-size", type=positive, default=256, help="rows decoded together")
-    p.add_argument("--seed", type=int, default=0, help="of the sampling noise, and of the halves")
+    p.add_argument("--seed", type=whole, default=0, help="of the sampling noise, and of the halves")
     p.add_argument("--half", type=int, nargs="+", choices=[1, 2], help="answer the records of one cross-labelling half only")
-    p.add_argument("--round", type=int, default=0, help="refinement round, for --half")
+    p.add_argument("--round", type=whole, default=0, help="refinement round, for --half")
     p.add_argument("--source", default="model", help="what the records' `source` says")
-    p.add_argument("--limit", type=int, default=0, help="only the first N records (0: all)")
+    p.add_argument("--limit", type=whole, default=0, help="only the first N records (0: all)")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     return p
 

@@ -18,8 +18,8 @@ import math
 import random
 from fractions import Fraction
 
-from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, write_json,
-                   write_jsonl)
+from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, whole,
+                   write_json, write_jsonl)
 
 
 def accept_count(n, alpha):
@@ -31,7 +31,7 @@ def accept_count(n, alpha):
 def accepted_ids(comparisons, alpha):
     """The ids whose proposals ILR accepts (the paper, section 4.1), out of those that disagree."""
     asked = [c for c in comparisons if not c["agree"]]
-    ranked = sorted(asked, key=lambda c: (-c["prob_b"], str(c["id"])))
+    ranked = sorted(asked, key=lambda c: (-c["prob_b"], dumps(c["id"])))
     return {c["id"] for c in ranked[:accept_count(len(asked), alpha)] if c["prob_b"] > 0.5}
 
 
@@ -53,6 +53,7 @@ def preference_pairs(comparisons, alpha, seed):
     """The floor(alpha N) of N pairs that the judge is surest of, as {id, prompt, chosen, rejected, prob_chosen};
     pairs at exactly 0.5 (equal texts, or an oracle's both-right and both-wrong) have no chosen side and are never kept."""
     decided = [c for c in comparisons if not c["agree"] and c["prob_b"] != 0.5]
+    decided.sort(key=lambda c: dumps([c["id"], c["pair"]]))
     random.Random(dumps([seed, "pairs"])).shuffle(decided)
     decided.sort(key=lambda c: -abs(c["prob_b"] - 0.5))
     pairs = []
@@ -62,7 +63,7 @@ def preference_pairs(comparisons, alpha, seed):
         pairs.append({"id": c["id"], "pair": c["pair"], "prompt": c["prompt"], "chosen": chosen, "rejected": rejected,
                       "prob_chosen": c["prob_b"] if b else 1 - c["prob_b"],
                       **({"reference": c["reference"]} if "reference" in c else {})})
-    return sorted(pairs, key=lambda p: (str(p["id"]), p["pair"]))
+    return sorted(pairs, key=lambda p: (dumps(p["id"]), p["pair"]))
 
 
 def measure(task, before, after):
@@ -116,7 +117,7 @@ def main(args):
     labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion"))
     if args.method == "naive":
         proposals = {r["id"]: (r["completion"], None) for path in need(args, "proposals") for r in read_jsonl(path, ("id", "completion"))}
-        ids = sorted((r["id"] for r in labels), key=str)
+        ids = sorted((r["id"] for r in labels), key=dumps)
         accepted = set(random.Random(dumps([args.seed, args.round, "naive"])).sample(
             ids, math.floor(Fraction(str(args.max_replace)) * len(ids))))
     else:
@@ -158,8 +159,8 @@ def parser():
     p.add_argument("--task", required=True, help="whose grade the summary uses")
     p.add_argument("--out", required=True, help="file to write")
     p.add_argument("--max-replace", type=share, default=0.15, help="alpha, a share")
-    p.add_argument("--round", type=int, default=1, help="written into the labels that are replaced")
-    p.add_argument("--seed", type=int, default=0, help="of the random choices of naive and pairs")
+    p.add_argument("--round", type=whole, default=1, help="written into the labels that are replaced")
+    p.add_argument("--seed", type=whole, default=0, help="of the random choices of naive and pairs")
     return p
 
 

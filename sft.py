@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 
 from tasks import (InputError, amount, dumps, get_task, make_parser, partial_path, positive, rate, read_jsonl, run_stage,
-                   share, short, write_text)
+                   share, short, whole, write_text)
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
@@ -35,7 +35,7 @@ def open_pretrained(auto_class, path, **kwargs):
     from safetensors import SafetensorError
     try:
         return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
         raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
 
 
@@ -54,9 +54,13 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True, **kwargs)
+    model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
+                                  output_loading_info=True, **kwargs)
     if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
         raise InputError(f"{path}: a judge, not a language model")
+    missing = [name for name in info["missing_keys"] if not name.startswith("score.")]      # a new judge's head
+    if missing:
+        raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     return model.to(device)
 
 
@@ -257,7 +261,7 @@ def add_training_flags(p, lr, batch_size, epochs):
     p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass; lower it to save memory")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
     p.add_argument("--state-every", type=amount, default=300, help="seconds between resumable states")
-    p.add_argument("--seed", type=int, default=0, help="of the order of the data")
+    p.add_argument("--seed", type=whole, default=0, help="of the order of the data, which is the file's, shuffled")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
 
 
@@ -280,7 +284,7 @@ def select_records(args):
 def main(args):
     if bool(args.model) == bool(args.init_config) or bool(args.init_config) != bool(args.tokenizer):
         raise InputError("give either --model, or --init-config together with --tokenizer")
-    folder = partial_path(args.out, vars(args), [args.data, args.model or args.init_config])
+    folder = partial_path(args.out, vars(args), [p for p in (args.data, args.model, args.init_config, args.tokenizer) if p])
     records = select_records(args)
 
     import numpy as np
@@ -292,11 +296,12 @@ def main(args):
     if args.model:
         model = open_model(args.model, device)
     else:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
         try:
             config = AutoConfig.for_model(**json.loads(Path(args.init_config).read_text()))
-        except (OSError, ValueError, TypeError) as e:
-            raise InputError(f"{args.init_config}: not the JSON of a model config ({e})") from None
+        except (OSError, ValueError, TypeError, StrictDataclassError) as e:
+            raise InputError(f"{args.init_config}: not the JSON of a model config ({str(e).splitlines()[0]})") from None
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -363,7 +368,7 @@ def parser():
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--task", help="leave out completions that this task cannot parse")
     p.add_argument("--half", type=int, choices=[1, 2], help="train on one cross-labelling half only")
-    p.add_argument("--round", type=int, default=0, help="refinement round, for --half")
+    p.add_argument("--round", type=whole, default=0, help="refinement round, for --half")
     p.add_argument("--save-every", type=share, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
     p.add_argument("--prompt-weight", type=amount, default=0.0, help="loss weight of prompt tokens (pretraining)")
     p.add_argument("--max-length", type=positive, default=2048, help="tokens; longer records are left out and counted")

@@ -35,11 +35,21 @@ def get_task(name):
 
 
 # ---------------------------------------------------------------- records
+TEXT, WHOLE = ((str,), "a string"), ((int,), "a whole number")
+KINDS = {"id": ((str, int), "a string or a whole number"), "sample": WHOLE, "pair": WHOLE, "agree": ((bool,), "true or false"),
+         "prob_b": ((int, float, type(None)), "a probability or null"),
+         **dict.fromkeys(("prompt", "completion", "completion_a", "completion_b", "chosen", "rejected"), TEXT)}
+
+
+def not_json(name):
+    raise ValueError(f"{name} is no number")
+
+
 def read_jsonl(path, fields=("id",), key=("id",)):
     """The records of a file, each checked to hold `fields` and to be the only one with its `key` values.
 
-    Raises InputError, naming file and line, for a missing or empty file, malformed JSON, an absent field,
-    a text field that is not a string, and a repeated key.
+    Raises InputError, naming file and line, for a missing or empty file, malformed JSON (NaN and Infinity are none), an
+    absent field, a field of the wrong type (KINDS), and a repeated key.
     """
     try:
         with open(path, encoding="utf-8") as f:
@@ -53,16 +63,19 @@ def read_jsonl(path, fields=("id",), key=("id",)):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as e:
+            record = json.loads(line, parse_constant=not_json)
+            line.encode() if "\\u" not in line else dumps(record).encode()      # half a surrogate pair is no text
+        except (ValueError, RecursionError) as e:
             raise InputError(f"{path}:{number}: not JSON ({e})") from None
         if not isinstance(record, dict):
             raise InputError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
         for name in fields:
             if name not in record:
                 raise InputError(f"{path}:{number}: field {name!r} is missing")
-            if name in ("prompt", "completion", "chosen", "rejected") and not isinstance(record[name], str):
-                raise InputError(f"{path}:{number}: field {name!r} must be a string")
+            if name in KINDS and type(record[name]) not in KINDS[name][0]:
+                raise InputError(f"{path}:{number}: field {name!r} must be {KINDS[name][1]}")
+        if "prob_b" in fields and not (record["agree"] if record["prob_b"] is None else 0 <= record["prob_b"] <= 1):
+            raise InputError(f"{path}:{number}: field 'prob_b' must be a probability, or null where the two agree")
         if key:
             values = tuple(json.dumps(record.get(k)) for k in key)
             if values in seen:
@@ -105,7 +118,7 @@ def write_json(path, value):
 
 # ---------------------------------------------------------------- unfinished work
 def refuse_existing(out):
-    if Path(out).exists():
+    if os.path.lexists(out):
         raise InputError(f"--out {out} exists: delete it, or choose another name")
 
 
@@ -115,7 +128,8 @@ def partial_path(out, args, inputs):
     settings is never continued. Work for the same `out` under another hash is left where it is."""
     refuse_existing(out)
     digest = hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode())
-    for source in sorted(Path(__file__).parent.parent.glob("*.py")):
+    here = Path(__file__).parent
+    for source in sorted([*here.parent.glob("*.py"), *here.glob("*.py")]):
         digest.update(source.read_bytes())
     for top in inputs:
         for path in sorted(Path(top).rglob("*")) if Path(top).is_dir() else [Path(top)]:
@@ -165,6 +179,7 @@ def bounded(kind, low, high, what):
 
 
 positive = bounded(int, 1, math.inf, "a whole number above 0")
+whole = bounded(int, 0, math.inf, "a whole number")
 share = bounded(float, 0, 1, "a share between 0 and 1")
 rate = bounded(float, sys.float_info.min, sys.float_info.max, "a number above 0")
 amount = bounded(float, 0, sys.float_info.max, "0 or a number above it")

@@ -118,8 +118,10 @@ def is_well_formed(text):
 
 def grade(record):
     """1.0 if the number behind the last `####` equals the reference exactly, else 0.0."""
+    if not re.fullmatch(r"-?\d+(\.\d+)?", str(record["reference"])):
+        raise InputError(f"the reference of id {record['id']} is {record['reference']!r}: expected a number")
     answer = final_answer(record["completion"])
-    return float(answer is not None and answer == Decimal(record["reference"]))
+    return float(answer is not None and answer == Decimal(str(record["reference"])))
 
 
 def agree(a, b):

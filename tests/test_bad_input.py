@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,12 @@ def spoil(lines, how, field):
         return [lines[0], json.dumps(second), *lines[2:]], f":2: field '{field}' is missing"
     if how == "duplicate id":
         return [*lines, lines[1]], f":{len(lines) + 1}: id \"{second['id']}\""
+    if how == "no number":
+        return [lines[0], lines[1][:-1] + ', "more": NaN}', *lines[2:]], ":2: not JSON (NaN is no number)"
+    if how == "half a character":
+        return [lines[0], lines[1][:-1] + ', "more": "\\ud800"}', *lines[2:]], ":2: not JSON"
+    if how == "an id of no kind":
+        return [lines[0], json.dumps({**second, "id": [1]}), *lines[2:]], ":2: field 'id' must be a string or a whole number"
     if how == "a list":
         return [lines[0], "[1, 2]"], ":2: expected a JSON object"
     return [], ": holds no records"                    # an empty file
@@ -109,7 +116,8 @@ def refused(command, good, tmp_path, capsys, code=2, **names):
     return said
 
 
-@pytest.mark.parametrize("how", ["malformed JSON", "missing field", "duplicate id", "a list", "empty file"])
+@pytest.mark.parametrize("how", ["malformed JSON", "missing field", "duplicate id", "no number", "half a character",
+                                 "an id of no kind", "a list", "empty file"])
 @pytest.mark.parametrize("name", COMMANDS)
 def test_spoiled_file(name, how, good, tmp_path, capsys):
     kind = name.split()[1]
@@ -133,6 +141,32 @@ def test_folder_that_is_no_model(name, folder, good, tmp_path, capsys):
     tasks.write_jsonl(tmp_path / "gold.jsonl", arithmetic_records(30))
     command = command.replace("{samples.jsonl}", str(many)).replace("{labels.jsonl}", str(tmp_path / "gold.jsonl"))
     assert f"{good / folder}: not a model folder" in refused(command, good, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("field, value, what", [
+    ("prob_b", 7, "a probability"), ("prob_b", "0.9", "a probability or null"), ("prob_b", None, "null where the two agree"),
+    ("agree", "false", "true or false"), ("agree", 1, "true or false"), ("completion_b", None, "a string"), ("id", True, "a string or")])
+def test_comparisons_of_no_sense(field, value, what, good, tmp_path, capsys):
+    records = [json.loads(line) for line in (good / "comparisons.jsonl").open()]
+    tasks.write_jsonl(tmp_path / "bad.jsonl", [records[0], {**records[1], field: value}, *records[2:]])
+    said = refused(COMMANDS["refine comparisons"], good, tmp_path, capsys, bad=tmp_path / "bad.jsonl")
+    assert f"bad.jsonl:2: field '{field}' must be" in said and what in said
+
+
+def test_a_reference_that_is_no_number(good, tmp_path, capsys):
+    records = [json.loads(line) for line in (good / "labels.jsonl").open()]
+    tasks.write_jsonl(tmp_path / "bad.jsonl", [{**records[0], "reference": "sNaN"}])
+    assert f"the reference of id {records[0]['id']} is 'sNaN'" in refused(
+        COMMANDS["evaluate labels"], good, tmp_path, capsys, bad=tmp_path / "bad.jsonl")
+
+
+def test_a_model_that_lacks_weights(good, tmp_path, capsys):
+    """One more layer in the config than in the weights: never a random layer in silence."""
+    shutil.copytree(good / "model", tmp_path / "short")
+    config = json.loads((tmp_path / "short/config.json").read_text())
+    tasks.write_json(tmp_path / "short/config.json", {**config, "num_hidden_layers": config["num_hidden_layers"] + 1})
+    assert "its weights lack" in refused("generate --model {short} --data {labels.jsonl} --out {out}", good, tmp_path, capsys,
+                                         short=tmp_path / "short")
 
 
 def arithmetic_records(count):
@@ -197,6 +231,8 @@ def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
     ("dpo --model {model} --reference {no_model} --data {pairs.jsonl} --out {out}", "no_model: not a model folder"),
     ("evaluate grade --task french --data {labels.jsonl} --out {out}", "no tasks/french.py"),
     ("evaluate report {no_model}", "no graded answers in"),
+    ("evaluate pick --task arithmetic --data {labels.jsonl} --models {labels.jsonl} --accuracy 0.5 --out {out}", "no such folder"),
+    ("generate --model {model} --data {labels.jsonl} --out {out} {out}", "--out names one file twice"),
     ("evaluate nothing", "invalid choice: 'nothing'"),
     ("tasks/arithmetic --out {out} --train 5 --gt 5", "--gt 5 must lie between 0 and --train 5"),
 ])

@@ -269,7 +269,9 @@ def test_training_end_to_end(train_argv, tokenizer, tmp_path, lr, epochs):
 def test_training_stops_at_an_accuracy(train_argv, tmp_path, monkeypatch, capsys):
     argv = [*train_argv, "--lr", 1e-4, "--epochs", 2, "--wrong-per-problem", 2]
     for accuracy in (0, 0.01, 1.1):
-        run(compare, *argv, "--out", tmp_path / str(accuracy), "--stop-accuracy", accuracy)
+        args = compare.parser().parse_args([str(x) for x in [*argv, "--out", tmp_path / str(accuracy)]])
+        args.stop_accuracy = accuracy       # 1.1, which the command line refuses, is never reached
+        compare.main(args)
     train = splits_of(argv)[0]
     steps = -(-2 * len(train) // 8)
     first_check = -(-steps // 4)

@@ -140,6 +140,17 @@ def test_report_of_one_seed_and_an_unfinished_run(run_folder):
     ilr, dpo = ([line for line in text.splitlines() if line.startswith(f"| {m} |")][0] for m in ("ILR", "DPO"))
     assert ilr.endswith("| 65.0 [43.3, 81.9] |") and ilr.count("[") == 3        # 13 of 20: Wilson's 0.4329 to 0.8188
     assert dpo.count("[") == 2 and "Wilson" in text and "seed 0" not in text and "1 seed(s): 0" in text
+    # whatever has been finished so far: no start, a later round alone, another's folder, models beside the methods only
+    (run_folder / "seed_0.bak").mkdir()
+    shutil.rmtree(run_folder / "seed_0/sft")
+    shutil.rmtree(run_folder / "seed_0/ilr_1")
+    run(evaluate, "report", run_folder)
+    text = (run_folder / "report.md").read_text()
+    assert "| ILR |  |  | 65.0 [43.3, 81.9] |" in text and "minus SFT" not in text and "(its last round): +15.0" in text
+    for point in ("ilr_2", "dpo_1"):
+        shutil.rmtree(run_folder / "seed_0" / point)
+    run(evaluate, "report", run_folder)
+    assert "ceiling" in (run_folder / "report.md").read_text()
     shutil.rmtree(run_folder / "seed_0")
     with pytest.raises(InputError, match="no graded answers"):
         run(evaluate, "report", run_folder)

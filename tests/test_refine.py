@@ -172,6 +172,7 @@ def test_tied_pairs_are_drawn_by_the_seed(tmp_path):
                    for i in range(60)]
     kept = {s: {p["id"] for p in refine.preference_pairs(comparisons, 0.25, s)} for s in range(3)}
     assert all(len(k) == 15 for k in kept.values()) and kept[0] != kept[1] != kept[2]
+    assert refine.preference_pairs(comparisons[::-1], 0.25, 0) == refine.preference_pairs(comparisons, 0.25, 0)
     assert all(arithmetic.grade({**p, "completion": p["chosen"]}) > arithmetic.grade({**p, "completion": p["rejected"]})
                for p in refine.preference_pairs(comparisons, 0.25, 0))
     write_jsonl(tmp_path / "c.jsonl", comparisons)
