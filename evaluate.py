@@ -269,14 +269,14 @@ def draw(path, title, ylabel, series, lines):
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     for k, (name, (color, marker, dash), rounds) in enumerate(series):
-        means, halves = [], []
+        means, halves, shift = [], [], 0.05 * (2 * k + 1 - len(series))       # side by side, so that no bar hides another
         for x, by_seed in sorted(rounds.items()):
             per_seed = [100 * v for v in seed_means(by_seed).values()]
             mean, half = over_seeds(by_seed)
             means.append(mean)
             halves.append(half or 0)
-            axes.plot([x + 0.04 * (2 * k - 1)] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
-        axes.errorbar(sorted(rounds), means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
+            axes.plot([x + shift + 0.04] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
+        axes.errorbar([x + shift for x in sorted(rounds)], means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
         axes.axhline(value, color=shade, ls=dash, lw=1.2, label=name)
     axes.set_xticks(range(1 + max((k for _, _, rounds in series for k in rounds), default=0)))
@@ -299,7 +299,7 @@ def report(args):
     for row in read_jsonl(run / "times.jsonl", ("stage", "seconds"), ()) if (run / "times.jsonl").exists() else []:
         times.setdefault(row["stage"].partition("/")[2] if row["stage"].startswith("seed_") else row["stage"], []).append(row["seconds"])
     settings = load_json(run / "config.json").get("settings", {})
-    seeds = f"mean and 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
+    seeds = f"mean, 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
     methods = methods_of(data)
     split = settings.get("EVAL", "test")
     draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
@@ -308,7 +308,7 @@ def report(args):
          [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
     labels = {k: data["labels"][p] for k, p in {**points_of(data, "ilr"), 0: "weak"}.items() if p in data["labels"]}
     if labels:
-        draw(run / "label_accuracy.png", f"Training labels that are correct, per round ({seeds})", "label accuracy (%)",
+        draw(run / "label_accuracy.png", f"Correct training labels per round ({seeds})", "label accuracy (%)",
              [("ILR's labels", STYLES["ilr"], labels)], [])
     write_report(run, data, times, settings)
     write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
