@@ -186,12 +186,13 @@ def train(args):
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if args.stop_accuracy and done % check_every == 0:
-                reached = held_out(model, stopping, args, device)[1] >= args.stop_accuracy
+                check = held_out(model, stopping, args, device)
+                reached = check[1] >= args.stop_accuracy
                 if reached:
                     break
             if done % steps_per_epoch:
                 training.save_state(done, best=best, history=history)
-        stop_loss, stop_accuracy, _ = held_out(model, stopping, args, device)
+        stop_loss, stop_accuracy, _ = check if reached else held_out(model, stopping, args, device)
         if not math.isfinite(stop_loss):
             raise FloatingPointError(f"the loss on the stopping problems is {stop_loss} after epoch {epoch + 1}: lower --lr")
         history = history + [stop_loss]

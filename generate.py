@@ -69,13 +69,14 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
     """Greedy or sampled continuations of a batch of prompts, each a list of token ids without EOS.
 
     prompts: lists of token ids, left-padded here; uniforms: (B, max_new_tokens) fp32, the noise of each row, or None
-    for greedy. Returns (completions, truncated): lists of B. Rows that are finished leave the batch once they are a
-    quarter of it. Runs at most max_new_tokens forward passes.
+    for greedy. Returns (completions, truncated): lists of B. A prompt that stands in the batch several times is read once.
+    Rows that are finished leave the batch once they are a quarter of it. Runs at most max_new_tokens forward passes.
     """
     import torch
     device, width = model.device, max(map(len, prompts))
-    input_ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
+    row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    input_ids, mask = torch.zeros(len(row_of), width, dtype=torch.long), torch.zeros(len(row_of), width, dtype=torch.long)
+    for prompt, row in row_of.items():
         input_ids[row, width - len(prompt):] = torch.tensor(prompt)
         mask[row, width - len(prompt):] = 1
     input_ids, mask = input_ids.to(device), mask.to(device)
@@ -87,21 +88,24 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
                     past_key_values=roomy_cache(model, width + max_new_tokens), use_cache=True, logits_to_keep=1)
         if not out.logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: its weights are broken")
+        rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
+        logits, mask, cache = out.logits[rows, -1], mask[rows], out.past_key_values
+        if len(row_of) < len(prompts):
+            cache.batch_select_indices(rows)
         for step in range(max_new_tokens):
             # ABLATION: the sampling rule
-            chosen = choose_tokens(out.logits[:, -1], temperature, None if uniforms is None else uniforms[alive, step])
+            chosen = choose_tokens(logits, temperature, None if uniforms is None else uniforms[alive, step])
             tokens[alive[~finished], step] = chosen[~finished]
             finished = finished | (chosen == eos)
             if finished.all() or step + 1 == max_new_tokens:
                 break
-            cache = out.past_key_values
             if finished.float().mean() >= 0.25:
                 keep = (~finished).nonzero()[:, 0]
                 cache.batch_select_indices(keep)
                 alive, chosen, mask, finished = alive[keep], chosen[keep], mask[keep], finished[keep]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            out = model(input_ids=chosen[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
-                        past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits = model(input_ids=chosen[:, None], attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     return strip_eos(tokens.tolist(), eos)
 
 

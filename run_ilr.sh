@@ -40,12 +40,12 @@ PYTHON=${PYTHON:-python}
 
 case $TASK in
   arithmetic)
-    TRAIN=${TRAIN:-4200} GT=${GT:-2400} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
+    TRAIN=${TRAIN:-3500} GT=${GT:-2000} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
     PRETRAIN=${PRETRAIN:-26000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}   # solved problems the base models read
     WEAK_LR=${WEAK_LR:-2.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
     WEAK_ACCURACY=${WEAK_ACCURACY:-0.45}        # the demonstrator is the checkpoint whose samples come nearest; 0: the last
     SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}
-    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-32} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+    JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
     JUDGE_WRONG=${JUDGE_WRONG:-4} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}   # its training stops at this accuracy; 0: as good as it gets
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
@@ -186,26 +186,29 @@ strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on th
   answer "$name" "$dir" "${models[@]}"
 }
 
+weak_samples() {   # weak_samples NUMBER...: what these of the weak models answer to D_gt
+  local k models=() outs=()
+  for k; do models+=("${weak_models[k]}") outs+=("${samples[k]}"); done
+  stage "$at/judge/sample_$1" "${outs[-1]}" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
+    --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
+}
+
 weak_side() {      # unreliable demonstrations and the unreliable judge, both from D_gt
-  local models=() outs=() p labeler=$run/weak/model
+  local labeler=$run/weak/model weak_models=("$run"/weak/model/checkpoint-{10..90..10} "$run/weak/model")
+  local samples=("$run"/judge/samples_{10..100..10}.jsonl)
   weak_base
   train "$at/weak/train" "$run/weak/model" "$WEAK_MODEL" "$data/gt.jsonl" "$WEAK_LR" "$WEAK_EPOCHS" "$WEAK_BATCH" \
     --save-every 0.1 --seed "$seed"
-  for p in 10 20 30 40 50 60 70 80 90 100; do
-    if [ $p = 100 ]; then models+=("$run/weak/model"); else models+=("$run/weak/model/checkpoint-$p"); fi
-    outs+=("$run/judge/samples_$p.jsonl")
-  done
-  stage "$at/judge/sample" "$run/judge/samples_100.jsonl" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
-    --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
+  lanes "weak_samples 0 2 4 6 8" "weak_samples 1 3 5 7 9"
   if [ "$WEAK_ACCURACY" != 0 ]; then
     labeler=$run/weak/labeler
-    stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${outs[@]}" --models "${models[@]}" \
+    stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${samples[@]}" --models "${weak_models[@]}" \
       --accuracy "$WEAK_ACCURACY" --out "$labeler"
   fi
   stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
     --out "$run/weak/labels.jsonl" --source weak $DECODING
   grade "$at/weak/grade_labels" "$run/weak/labels"
-  stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${outs[@]}" \
+  stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
     --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING
   LATER=10 answer "$at/weak" "$run/weak" "$labeler"

@@ -11,6 +11,7 @@ cross-talk, and logits are computed only where there is a label. Writes a `save_
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS), halves depend on
 (seed, round, id) and not on row order, batches are packed, and labels the task cannot parse are counted aloud.
 """
+import gc
 import hashlib
 import json
 import math
@@ -42,6 +43,8 @@ def open_pretrained(auto_class, path, **kwargs):
 def open_tokenizer(path):
     from transformers import AutoTokenizer
     tokenizer = open_pretrained(AutoTokenizer, path)
+    gc.freeze()
+    gc.enable()
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token")
     return tokenizer

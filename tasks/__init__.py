@@ -4,6 +4,7 @@ A file is JSON Lines: one object per line, UTF-8, joined with other files by `id
 A task is one module of this folder with the names that `get_task` lists; adding a task is adding a file.
 """
 import argparse
+import gc
 import hashlib
 import importlib
 import json
@@ -193,6 +194,7 @@ def short(path):
 def run_stage(parser, main, argv=None):
     """Parse, run, and turn what a user can cause into one line: exit 2 for bad input, 1 for a run-time failure."""
     args = parser.parse_args(argv)
+    gc.disable()       # until open_tokenizer: what importing torch and transformers makes is there to stay
     try:
         main(args)
     except InputError as e:

@@ -47,10 +47,13 @@ def test_greedy_is_the_plain_loop_and_transformers(model, monkeypatch):
         assert completion == [t for t in theirs if t != EOS]
 
 
-def test_samples_are_those_of_each_prompt_alone(model):
-    prompts, uniforms = prompts_of(16, seed=1), torch.tensor(np.stack([generate.sample_uniforms(0, i, 0, NEW) for i in range(16)]))
+def test_samples_are_those_of_each_prompt_alone(model, monkeypatch):
+    prompts, read = [p for p in prompts_of(8, seed=1) for _ in range(2)], []
+    monkeypatch.setattr(model, "forward", lambda f=model.forward, **kw: read.append(kw["input_ids"].shape) or f(**kw))
+    uniforms = torch.tensor(np.stack([generate.sample_uniforms(0, i, 0, NEW) for i in range(16)]))
     completions, truncated = generate.decode(model, prompts, EOS, NEW, 0.9, uniforms)
     assert 0 < sum(truncated) < 16 and len(set(map(tuple, completions))) > 8
+    assert [rows for rows, _ in read[:2]] == [8, 16]       # the two samples of a prompt share its prefill
     for i, prompt in enumerate(prompts):
         def choose(logits, step):   # inverse of the CDF, in float64 numpy
             cdf = np.exp(logits.detach().numpy() / 0.9).cumsum()
