@@ -42,7 +42,8 @@ case $TASK in
   arithmetic)
     TRAIN=${TRAIN:-3500} GT=${GT:-2000} TEST=${TEST:-1000}       # problems: D_gt and D_unlab together, D_gt, test
     PRETRAIN=${PRETRAIN:-26000} PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}   # solved problems the base models read
-    WEAK_LR=${WEAK_LR:-2.5e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
+    WEAK_LR=${WEAK_LR:-3e-4} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-16}
+    CHECKPOINTS=${CHECKPOINTS:-30 40 50 60 70 80 90}   # percent of weak SFT; the first two write nothing that can be parsed
     WEAK_ACCURACY=${WEAK_ACCURACY:-0.45}        # the demonstrator is the checkpoint whose samples come nearest; 0: the last
     SFT_LR=${SFT_LR:-4e-3} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-14}
     JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
@@ -50,13 +51,14 @@ case $TASK in
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
+    JUDGING="--micro-tokens 1024"
     DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic" >&2; exit 2 ;;
 esac
 VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST PRETRAIN
-PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
+PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
 if [ "${HELP:-0}" = 1 ]; then
@@ -75,6 +77,7 @@ check '[1-9]' 'a digit from 1 to 9' JOBS
 check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST PRETRAIN PRETRAIN_WEAK WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
+check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
 check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY
 check '(trained|oracle)' 'trained or oracle' JUDGE
@@ -186,20 +189,23 @@ strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on th
   answer "$name" "$dir" "${models[@]}"
 }
 
-weak_samples() {   # weak_samples NUMBER...: what these of the weak models answer to D_gt
+weak_samples() {   # weak_samples 0|1: what every other one of the weak models answers to D_gt
   local k models=() outs=()
-  for k; do models+=("${weak_models[k]}") outs+=("${samples[k]}"); done
+  for ((k = $1; k < ${#samples[@]}; k += 2)); do models+=("${weak_models[k]}") outs+=("${samples[k]}"); done
   stage "$at/judge/sample_$1" "${outs[-1]}" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
     --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
 }
 
 weak_side() {      # unreliable demonstrations and the unreliable judge, both from D_gt
-  local labeler=$run/weak/model weak_models=("$run"/weak/model/checkpoint-{10..90..10} "$run/weak/model")
-  local samples=("$run"/judge/samples_{10..100..10}.jsonl)
+  local labeler=$run/weak/model weak_models=() samples=() percent
+  for percent in $CHECKPOINTS; do
+    weak_models+=("$run/weak/model/checkpoint-$percent") samples+=("$run/judge/samples_$percent.jsonl")
+  done
+  weak_models+=("$run/weak/model") samples+=("$run/judge/samples_100.jsonl")
   weak_base
   train "$at/weak/train" "$run/weak/model" "$WEAK_MODEL" "$data/gt.jsonl" "$WEAK_LR" "$WEAK_EPOCHS" "$WEAK_BATCH" \
     --save-every 0.1 --seed "$seed"
-  lanes "weak_samples 0 2 4 6 8" "weak_samples 1 3 5 7 9"
+  lanes "weak_samples 0" "weak_samples 1"
   if [ "$WEAK_ACCURACY" != 0 ]; then
     labeler=$run/weak/labeler
     stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${samples[@]}" --models "${weak_models[@]}" \
@@ -210,7 +216,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   grade "$at/weak/grade_labels" "$run/weak/labels"
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
-    --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING
+    --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING $JUDGING
   LATER=10 answer "$at/weak" "$run/weak" "$labeler"
 }
 
