@@ -11,9 +11,9 @@ Unlike the paper's release: a loop of its own instead of TRL's trainer, and pair
 """
 import math
 
-from sft import (Training, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
-                 encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device)
-from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short
+from sft import (Training, add_lora, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
+                 encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device, save_model)
+from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short, whole
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
@@ -104,6 +104,8 @@ def main(args):
     if args.reference:
         del model
         model = open_model(args.model, device)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -141,8 +143,7 @@ def main(args):
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['rewards/accuracies']:.2f}", refresh=False)
             bar.update()
     bar.close()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     (folder / "reference.jsonl").unlink()
     training.finish(args.out)
     print(f"{args.out}: {len(pairs)} pairs, {args.epochs} epochs, {total} steps")
@@ -156,6 +157,7 @@ def parser():
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--beta", type=rate, default=0.1, help="strength of the pull towards the reference")
     p.add_argument("--max-length", type=positive, default=2048, help="tokens of prompt and completion; longer pairs are left out")
+    p.add_argument("--lora-rank", type=whole, default=0, help="train adapters of this rank, merged on saving (0: every weight)")
     add_training_flags(p, lr=1e-6, batch_size=32, epochs=2)
     return p
 

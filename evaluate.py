@@ -51,8 +51,11 @@ def grade(args):
     task = get_task(args.task)
     if args.out:
         refuse_existing(args.out)
+    rule = getattr(task, "grade_release", None) if args.exact_release else task.grade
+    if not rule:
+        raise InputError(f"--exact-release: the release has no task {args.task}")
     records = read_jsonl(args.data, ("id", "completion", "reference"), ("id", "sample"))
-    graded = [{**r, "correct": task.grade(r)} for r in records]
+    graded = [{**r, "correct": rule(r)} for r in records]
     if args.out:
         write_jsonl(args.out, graded)
     mean = sum(r["correct"] for r in graded) / len(graded)
@@ -327,6 +330,7 @@ def parser():
     g.add_argument("--task", required=True)
     g.add_argument("--data", required=True, help="records with id, completion, reference")
     g.add_argument("--out", help="also write the records with `correct`")
+    g.add_argument("--exact-release", action="store_true", help="by the raw rule of the paper's release")
     k = commands.add_parser("pick", help="the model whose samples are nearest to an accuracy")
     k.add_argument("--task", required=True)
     k.add_argument("--data", required=True, nargs="+", help="samples with id, completion, reference, a file for each of --models")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Iterative label refinement and DPO under unreliable supervision, from data to report.
 #
-#   bash run_ilr.sh [TASK]        TASK=arithmetic (default; two CPU cores, minutes)
+#   bash run_ilr.sh [TASK]        TASK=arithmetic (default; two CPU cores, minutes) or gsm8k (the paper's models, one GPU)
 #   bash run_ilr.sh --help        the variables that override
 #   bash run_ilr.sh --dry-run     print every stage's command, in order, and run none
 #
@@ -34,7 +34,6 @@ BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
-STATE_EVERY=${STATE_EVERY:-10}     # seconds between a training's resumable states
 BASES=${BASES:-bases}             # where base models trained here are cached
 PYTHON=${PYTHON:-python}
 
@@ -51,14 +50,29 @@ case $TASK in
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
-    JUDGING="--micro-tokens 1024"
+    STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
+    OWN="PRETRAIN PRETRAIN_WEAK" PREPARE="" EVALS="test|validation"
+    JUDGING="--micro-tokens 1024" PREFERRING="" PROPOSING=""
     DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
-  *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic" >&2; exit 2 ;;
+  gsm8k)      # the paper's models and numbers, but for full finetuning, whose learning rates are not the paper's (LoRA) and untried
+    TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319}
+    WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
+    WEAK_LR=${WEAK_LR:-2e-5} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-32}
+    CHECKPOINTS=${CHECKPOINTS:-10 20 30 40 50 60 70 80 90} WEAK_ACCURACY=${WEAK_ACCURACY:-0}
+    SFT_LR=${SFT_LR:-1e-5} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-32}
+    JUDGE_LR=${JUDGE_LR:-1e-6} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}
+    JUDGE_WRONG=${JUDGE_WRONG:-1} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}
+    DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    STATE_EVERY=${STATE_EVERY:-900} OWN="" PREPARE="--data-dir ${DATA_DIR:-data/gsm8k}" EVALS="test|validation|platinum"
+    case $EVAL in validation) PREPARE="$PREPARE --validation 500" ;; platinum) PREPARE="$PREPARE --platinum" ;; esac
+    PACKING=${PACKING:---row-tokens 2048 --micro-tokens 4096 --gradient-checkpointing} JUDGING="" PREFERRING="--optimizer rmsprop8bit"
+    DECODING="--max-new-tokens 256 --batch-size 256" PROPOSING="--num-beams 4" SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
+  *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST PRETRAIN
-PRETRAIN_WEAK WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST $OWN
+WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
 if [ "${HELP:-0}" = 1 ]; then
@@ -74,14 +88,14 @@ check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anyt
   done
 }
 check '[1-9]' 'a digit from 1 to 9' JOBS
-check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST PRETRAIN PRETRAIN_WEAK WEAK_EPOCHS WEAK_BATCH \
+check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST $OWN WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
 check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY
 check '(trained|oracle)' 'trained or oracle' JUDGE
-check '(test|validation)' 'test or validation' EVAL
+check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 check '(ilr|dpo)( +(ilr|dpo))*' 'ilr, dpo or both' METHODS
 PACKING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
@@ -241,7 +255,8 @@ ilr_labels() {     # each round: cross-labelling by two half-models, comparison,
     name=$at/ilr_$round dir=$run/ilr_$round
     lanes "ilr_half 1" "ilr_half 2"
     stage "$name/propose" "$dir/proposals_2.jsonl" "$PYTHON" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
-      --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal $DECODING
+      --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
+      $DECODING $PROPOSING
     [ "$JUDGE" != trained ] || needs "$judge"
     stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
       --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING
@@ -274,7 +289,8 @@ dpo_models() {     # each round: samples of the policy, comparison, the surest p
       --task "$TASK" --max-replace "$DPO_ALPHA" --seed "$seed" --out "$dir/preferences.jsonl"
     for ((r = 1; r <= RETRAINS; r++)); do
       stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
-        --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) $PACKING
+        --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
+        $PACKING $PREFERRING
     done
     policy=$dir/model_1
   done
@@ -297,7 +313,8 @@ pipeline() {
   for seed in $SEEDS; do
     at=seed_$seed run=$OUT/seed_$seed data=$OUT/seed_$seed/data judge=$OUT/seed_$seed/judge/model
     [ "$JUDGE" = trained ] || judge=$JUDGE
-    stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" --seed "$seed"
+    stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
+      --seed "$seed" $PREPARE
     steps="strong_base weak_side start_models"
     for method in $METHODS; do
       case $method in

@@ -3,7 +3,7 @@
     python sft.py --model mistralai/Mistral-7B-v0.1 --data labels.jsonl --out runs/sft
     python sft.py --init-config strong.json --tokenizer tok --data corpus.jsonl --out base   # from scratch
 
-Every weight is trained, in bf16 on CUDA and fp32 on CPU. The loss is the mean negative log-likelihood of the completion
+Every weight is trained (or adapters: --lora-rank), in bf16 on CUDA and fp32 on CPU. The loss is the mean negative log-likelihood of the completion
 tokens of the whole optimizer batch, so the micro-batch size changes nothing. Records are packed into rows without
 cross-talk, and logits are computed only where there is a label. Writes a `save_pretrained` folder with `metrics.jsonl`
 (a row per optimizer step). Killed and started again, the same command continues and ends with the same bytes (CPU).
@@ -65,6 +65,38 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
     if missing:
         raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     return model.to(device)
+
+
+def add_lora(model, rank):
+    """Freeze the model and give every linear layer but the head an adapter (LoRA, arXiv 2106.09685, equation 3):
+    y = Wx + 2 BAx, so alpha = 2 rank as in the paper; A (rank, in) and B (out, rank) in fp32, B = 0 at the start."""
+    import torch
+
+    class LoraLinear(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, where = base, dict(device=base.weight.device, dtype=torch.float32)
+            self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **where))
+            self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **where))
+            torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+
+        def forward(self, x):
+            return self.base(x) + (2 * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(x.dtype)
+
+    model.requires_grad_(False)
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            model.set_submodule(name, LoraLinear(layer))
+
+
+def save_model(model, tokenizer, folder):
+    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights."""
+    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            state[f"{name}.weight"] = (layer.base.weight + 2 * (layer.lora_B @ layer.lora_A)).to(layer.base.weight.dtype).detach()
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
 
 
 def text_ids(tokenizer, text):
@@ -219,7 +251,7 @@ class Training:
         kept = []
         if (folder / "state.pt").exists():
             self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            model.load_state_dict(self.state.pop("model"))
+            model.load_state_dict(self.state.pop("model"), strict=False)
             for optimizer, saved in zip(optimizers, self.state.pop("optimizers")):
                 optimizer.load_state_dict(saved)
             torch.set_rng_state(self.state.pop("rng"))
@@ -240,7 +272,8 @@ class Training:
         if not always and time.monotonic() - self.saved_at < self.seconds:
             return
         self.metrics.flush()
-        torch.save({"model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
+        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        torch.save({"model": trained, "optimizers": [o.state_dict() for o in self.optimizers],
                     "rng": torch.get_rng_state(), "step": step, "rows": self.rows, **more}, self.folder / "state.writing")
         (self.folder / "state.writing").replace(self.folder / "state.pt")
         self.saved_at = time.monotonic()
@@ -306,6 +339,8 @@ def main(args):
         except (OSError, ValueError, TypeError, StrictDataclassError) as e:
             raise InputError(f"{args.init_config}: not the JSON of a model config ({str(e).splitlines()[0]})") from None
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    if args.lora_rank:
+        add_lora(model, args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -350,14 +385,12 @@ def main(args):
             done += 1
             training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
             for name in (name for name, step in checkpoints.items() if step == done):
-                model.save_pretrained(folder / name)
-                tokenizer.save_pretrained(folder / name)
+                save_model(model, tokenizer, folder / name)
             training.save_state(done)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
     bar.close()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_model(model, tokenizer, folder)
     training.finish(args.out)
     print(f"{args.out}: {len(sequences)} records, {args.epochs} epochs, {total} steps")
 
@@ -375,6 +408,7 @@ def parser():
     p.add_argument("--save-every", type=share, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
     p.add_argument("--prompt-weight", type=amount, default=0.0, help="loss weight of prompt tokens (pretraining)")
     p.add_argument("--max-length", type=positive, default=2048, help="tokens; longer records are left out and counted")
+    p.add_argument("--lora-rank", type=whole, default=0, help="train adapters of this rank, merged on saving (0: every weight)")
     add_training_flags(p, lr=1e-5, batch_size=32, epochs=2)
     return p
 

@@ -61,8 +61,9 @@ def test_dpo_loss_is_equation_7():
     assert math.isfinite(dpo.dpo_loss(*(torch.tensor([x]) for x in (-1e5, 0.0, 0.0, -1e5)), 1.0)[0].item())     # no overflow
 
 
-def test_first_step_is_ln_2_and_metrics_are_trls(argv, tmp_path):
-    run(dpo, *argv, "--out", tmp_path / "m", "--batch-size", 4, "--epochs", 2, "--lr", 1e-3)
+@pytest.mark.parametrize("lora", [[], ["--lora-rank", 4, "--lr", 0.02]], ids=["full", "lora"])
+def test_first_step_is_ln_2_and_metrics_are_trls(argv, tmp_path, lora):
+    run(dpo, *argv, "--out", tmp_path / "m", "--batch-size", 4, "--epochs", 2, "--lr", 1e-3, *lora)
     log = rows(tmp_path / "m/metrics.jsonl")
     assert len(log) == 6 and all(list(r) == ["step", "epoch", "lr", "grad_norm", *NAMES] for r in log)
     # policy = reference up to the packing: log-probabilities of about 300 in fp32, times beta 0.1 and slope 1/2
