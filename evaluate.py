@@ -152,6 +152,13 @@ def points_of(data, method):
     return dict(sorted({**({0: "sft"} if "sft" in data["tests"] else {}), **rounds}.items()))
 
 
+def labels_of(data, methods):
+    """{method: {round: {seed: [share correct]}}} of the methods that refine labels; round 0 is what SFT trains on."""
+    start = data["labels"].get("clean") or data["labels"].get("weak", {})
+    return {m: {0: start, **{k: data["labels"][p] for k, p in points_of(data, m).items() if p in data["labels"]}}
+            for m in [m for m in methods if m != "dpo"] or ["ilr"]} if start else {}
+
+
 def methods_of(data):
     return sorted({p.rpartition("_")[0] for p in data["tests"] if p.rpartition("_")[2].isdigit()},
                   key=lambda m: (m != "ilr", m))
@@ -235,11 +242,10 @@ def write_report(run, data, times, settings):
              table(["beside it", "accuracy"], [[name, cell(tests[p], n)] for p, name in (
                  ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
              "![accuracy per round](test_accuracy.png)\n"]
-    label_points = ["weak", *(p for p in points_of(data, "ilr").values() if p in data["labels"])]
-    if "weak" in data["labels"]:
+    if series := labels_of(data, methods):
         text += ["## Label accuracy by round\n",
-                 table(["", "round 0", *(f"round {p[4:]}" for p in label_points[1:])],
-                       [["labels correct", *(cell(data["labels"][p]) for p in label_points)]]),
+                 table(["", *(f"round {k}" for k in range(1 + max(map(max, series.values()))))],
+                       [[f"{m.upper()}'s labels", *(cell(by_seed) for _, by_seed in sorted(rounds.items()))] for m, rounds in series.items()]),
                  "![label accuracy per round](label_accuracy.png)\n"]
     text += ["## The judge\n", f"On held-out pairs of its own kind: accuracy {average(data['judges'], 'held_out_accuracy')}%, "
              f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%. On the pairs it was really asked about:\n",
@@ -263,6 +269,7 @@ def write_report(run, data, times, settings):
 
 # ---------------------------------------------------------------- report: figures
 STYLES = {"ilr": ("#1f5fa8", "o", "-"), "dpo": ("#c2571a", "s", "--")}
+STYLES_ELSE = "#3a7d44", "^", "-."
 
 
 def draw(path, title, ylabel, series, lines):
@@ -306,13 +313,12 @@ def report(args):
     methods = methods_of(data)
     split = settings.get("EVAL", "test")
     draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
-         [(m.upper(), STYLES.get(m, ("#3a7d44", "^", "-.")), {k: data["tests"][p] for k, p in points_of(data, m).items()}) for m in methods]
+         [(m.upper(), STYLES.get(m, STYLES_ELSE), {k: data["tests"][p] for k, p in points_of(data, m).items()}) for m in methods]
          or [("SFT", STYLES["ilr"], {0: data["tests"]["sft"]} if "sft" in data["tests"] else {})],
          [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
-    labels = {k: data["labels"][p] for k, p in {**points_of(data, "ilr"), 0: "weak"}.items() if p in data["labels"]}
-    if labels:
+    if series := labels_of(data, methods):
         draw(run / "label_accuracy.png", f"Correct training labels per round ({seeds})", "label accuracy (%)",
-             [("ILR's labels", STYLES["ilr"], labels)], [])
+             [(f"{m.upper()}'s labels", STYLES.get(m, STYLES_ELSE), rounds) for m, rounds in series.items()], [])
     write_report(run, data, times, settings)
     write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
     print((run / "report.md").read_text().partition("## Label")[0])

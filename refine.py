@@ -8,9 +8,10 @@ ilr     of the n disagreements accept the k = (n-1) - floor((1-alpha)(n-1)) prop
         order of id), and of these only prob_b > 0.5: with distinct scores the release's max(0.5, quantile(1-alpha))
 oracle  accept every proposal with prob_b > 0.5 (comparisons by `compare.py score --judge oracle`); no cap
 naive   replace a random share alpha of all labels, no judge
+clean   drop the labels that are wrong by their references (the paper's clean start; no comparisons)
 pairs   keep the share alpha of all pairs with the largest |prob_b - 0.5|; ties in an order drawn from the seed
 
-The labels file keeps one row per problem, always. References are read for the summary line only.
+But for clean, the labels file keeps one row per problem, always. References are read for the summary line only.
 Unlike the paper's release: acceptance is by rank, so that ties do not turn everything down, and the summary reports the
 replaced share of the disagreements and of all labels.
 """
@@ -114,7 +115,13 @@ def main(args):
         write_jsonl(args.out, pairs)
         return print(text)
 
-    labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion"))
+    labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion", *(["reference"] if args.method == "clean" else [])))
+    if args.method == "clean":
+        right = [r for r in labels if task.grade(r) == 1]
+        if not right:
+            raise InputError(f"{args.labels}: none of its {len(labels)} labels is right")
+        write_jsonl(args.out, right)
+        return print(f"{args.out}: the {len(right)} of {len(labels)} labels that are right")
     if args.method == "naive":
         proposals = {r["id"]: (r["completion"], None) for path in need(args, "proposals") for r in read_jsonl(path, ("id", "completion"))}
         ids = sorted((r["id"] for r in labels), key=dumps)
@@ -152,7 +159,7 @@ def need(args, name):
 
 def parser():
     p = make_parser(__doc__, prog="refine.py")
-    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "pairs"], help="see above")
+    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "clean", "pairs"], help="see above")
     p.add_argument("--labels", help="present labels, one per problem")
     p.add_argument("--comparisons", help="what `compare.py score` wrote")
     p.add_argument("--proposals", nargs="+", help="proposed completions, for naive")

@@ -24,7 +24,7 @@ done
 TASK=${TASK:-arithmetic}          # a file of tasks/
 OUT=${OUT:-runs/$TASK}            # the run folder
 SEEDS=${SEEDS:-0}                 # data seeds, one after the other
-METHODS=${METHODS:-ilr dpo}       # of: ilr dpo
+METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive (ILR that replaces a random share, without a judge)
 ROUNDS=${ROUNDS:-3}
 RETRAINS=${RETRAINS:-1}           # trainings per reported point, with different data orders
 EVAL=${EVAL:-test}                # test, or validation while choosing settings
@@ -32,6 +32,7 @@ ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may repl
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
+CLEAN_START=${CLEAN_START:-0}     # 1: SFT and ILR start from the unreliable labels that are right
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
 BASES=${BASES:-bases}             # where base models trained here are cached
@@ -71,7 +72,7 @@ case $TASK in
     DECODING="--max-new-tokens 256 --batch-size 256" PROPOSING="--num-beams 4" SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
@@ -96,7 +97,8 @@ check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_A
 check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY
 check '(trained|oracle)' 'trained or oracle' JUDGE
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
-check '(ilr|dpo)( +(ilr|dpo))*' 'ilr, dpo or both' METHODS
+check '(ilr|dpo|naive)( +(ilr|dpo|naive))*' 'some of ilr, dpo, naive' METHODS
+check '[01]' '0 or 1' CLEAN_START
 PACKING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
@@ -228,6 +230,10 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
     --out "$run/weak/labels.jsonl" --source weak $DECODING
   grade "$at/weak/grade_labels" "$run/weak/labels"
+  if [ "$CLEAN_START" = 1 ]; then
+    stage "$at/clean" "$start" "$PYTHON" refine.py --method clean --labels "$run/weak/labels.jsonl" --task "$TASK" --out "$start"
+    grade "$at/clean/grade_labels" "$run/clean/labels"
+  fi
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
     --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING $JUDGING
@@ -236,8 +242,8 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
 
 start_models() {   # SFT on the unreliable labels, which is round 0 of every method
   local LATER=5    # the judge is what everything waits for
-  needs "$run/weak/labels.jsonl"; needs "$STRONG_MODEL"
-  strong_models "$at/sft" "$run/sft" "$run/weak/labels.jsonl"
+  needs "$start"; needs "$STRONG_MODEL"
+  strong_models "$at/sft" "$run/sft" "$start"
 }
 
 ceiling() {        # SFT on gold labels of the same problems
@@ -248,30 +254,34 @@ ceiling() {        # SFT on gold labels of the same problems
 ilr_half() { train "$name/half_$1" "$dir/half_$1" "$STRONG_MODEL" "$labels" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" \
   --task "$TASK" --half "$1" --round "$round" --seed "$seed"; }
 
-ilr_labels() {     # each round: cross-labelling by two half-models, comparison, refinement
-  local round labels=$run/weak/labels.jsonl name dir LATER=5
+refined_labels() { # refined_labels ilr|naive: each round, cross-labelling by two half-models, comparison, refinement
+  local method=$1 round labels=$start name dir how LATER=5
   needs "$labels"; needs "$STRONG_MODEL"
   for ((round = 1; round <= ROUNDS; round++)); do
-    name=$at/ilr_$round dir=$run/ilr_$round
+    name=$at/${method}_$round dir=$run/${method}_$round
     lanes "ilr_half 1" "ilr_half 2"
     stage "$name/propose" "$dir/proposals_2.jsonl" "$PYTHON" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
       --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
       $DECODING $PROPOSING
-    [ "$JUDGE" != trained ] || needs "$judge"
-    stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
-      --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING
-    stage "$name/refine" "$dir/labels.jsonl" "$PYTHON" refine.py --labels "$labels" --comparisons "$dir/comparisons.jsonl" \
-      --task "$TASK" --method "$accept" --max-replace "$ALPHA" --round "$round" --out "$dir/labels.jsonl"
+    if [ $method = naive ]; then how=(--method naive --proposals "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --seed "$seed")
+    else
+      how=(--method $accept --comparisons "$dir/comparisons.jsonl")
+      [ "$JUDGE" != trained ] || needs "$judge"
+      stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
+        --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING
+    fi
+    stage "$name/refine" "$dir/labels.jsonl" "$PYTHON" refine.py --labels "$labels" "${how[@]}" --task "$TASK" \
+      --max-replace "$ALPHA" --round "$round" --out "$dir/labels.jsonl"
     grade "$name/grade_labels" "$dir/labels"
     labels=$dir/labels.jsonl
   done
 }
 
-ilr_models() {     # each round: the strong base model retrained on the refined labels
+refined_models() { # refined_models ilr|naive: each round, the strong base model retrained on the refined labels
   local round
   for ((round = 1; round <= ROUNDS; round++)); do
-    needs "$run/ilr_$round/labels.jsonl"
-    LATER=10 strong_models "$at/ilr_$round" "$run/ilr_$round" "$run/ilr_$round/labels.jsonl"
+    needs "$run/$1_$round/labels.jsonl"
+    LATER=10 strong_models "$at/$1_$round" "$run/$1_$round" "$run/$1_$round/labels.jsonl"
   done
 }
 
@@ -308,21 +318,22 @@ dpo_answers() {    # the test answers of DPO's rounds
 
 # ---------------------------------------------------------------- the run
 pipeline() {
-  local seed run data at judge steps method bases
+  local seed run data at judge steps method bases start
   base_recipe
   for seed in $SEEDS; do
     at=seed_$seed run=$OUT/seed_$seed data=$OUT/seed_$seed/data judge=$OUT/seed_$seed/judge/model
     [ "$JUDGE" = trained ] || judge=$JUDGE
+    if [ "$CLEAN_START" = 1 ]; then start=$run/clean/labels.jsonl; else start=$run/weak/labels.jsonl; fi
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
       --seed "$seed" $PREPARE
-    steps="strong_base weak_side start_models"
+    steps=(strong_base weak_side start_models)
     for method in $METHODS; do
       case $method in
-        ilr) steps="$steps ilr_labels ilr_models" ;;
-        dpo) steps="$steps dpo_models dpo_answers" ;;
+        dpo) steps+=(dpo_models dpo_answers) ;;
+        *) steps+=("refined_labels $method" "refined_models $method") ;;
       esac
     done
-    lanes $steps ceiling
+    lanes "${steps[@]}" ceiling
   done
 }
 

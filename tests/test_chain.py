@@ -121,6 +121,25 @@ def test_scrambled_references_and_one_job_change_nothing(finished, tmp_path):
     assert contents(out)["seed_0/weak/labels.graded.jsonl"] != contents(tmp_path / "run")["seed_0/weak/labels.graded.jsonl"]
 
 
+def test_supervision_quality_and_naive_ilr(finished, tmp_path):
+    """JUDGE=oracle, CLEAN_START=1 and METHODS=naive on the weak side of the finished run, half of its labels made right."""
+    out, run = tmp_path / "run", tmp_path / "run/seed_0"
+    for part in ("data", "weak", "judge"):
+        shutil.copytree(finished[0] / "seed_0" / part, run / part, symlinks=True)
+    gold = [json.loads(line) for line in (run / "data/unlab.jsonl").open()]
+    labels = [{**r, "completion": r["completion"] if i % 2 else "#### 1000"} for i, r in enumerate(gold)]
+    (run / "weak/labels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
+    done = call(out, finished[1], **{**TINY, "METHODS": "naive ilr", "JUDGE": "oracle", "CLEAN_START": 1})
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = {p: [json.loads(line) for line in (run / p / "labels.jsonl").open()] for p in ("clean", "ilr_1", "naive_1")}
+    assert read["clean"] == labels[1::2] and all(not r["accepted"] for r in read["ilr_1"])     # nothing is better than right
+    assert sum(r["accepted"] for r in read["naive_1"]) == len(labels) // 2 * 15 // 100 and not (run / "naive_1/comparisons.jsonl").exists()
+    numbers = json.loads((out / "report.json").read_text())
+    assert numbers["labels"]["clean"] == {"0": [1.0]} and {"sft", "ilr_1", "naive_1"} <= set(numbers["tests"])
+    report = (out / "report.md").read_text()
+    assert "| NAIVE's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
+
+
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     out, bases = tmp_path / "run", tmp_path / "bases"
     shown = call(out, bases, "--help", **TINY)
@@ -143,7 +162,7 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
 
 
-@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast"])
+@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})

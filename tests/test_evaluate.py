@@ -118,7 +118,7 @@ def test_report(run_folder):
     # by hand: seeds' means 65 and 70, sd 3.5355, t(1 df) 12.706: 12.706 * 3.5355 / sqrt(2) = 31.8
     row, = [line for line in text.splitlines() if line.startswith("| ILR |")]
     assert row == "| ILR | 47.5 ± 31.8 | 57.5 ± 31.8 | 67.5 ± 31.8 |"
-    assert "| DPO | 47.5 ± 31.8 | 52.5 ± 31.8 | 42.5 ± 31.8 |" in text and "| labels correct | 50.0 ± 0.0 | 60.0 ± 0.0 | 65.0 ± 0.0 |" in text
+    assert "| DPO | 47.5 ± 31.8 | 52.5 ± 31.8 | 42.5 ± 31.8 |" in text and "| ILR's labels | 50.0 ± 0.0 | 60.0 ± 0.0 | 65.0 ± 0.0 |" in text
     # every seed gains the same: 12 - 8 and 7 - 8 of 20 problems
     assert "ILR after round 2 minus SFT: **+20.0 ± 0.0** points. The interval excludes 0." in text
     assert "DPO after round 2 minus SFT: **-5.0 ± 0.0** points." in text

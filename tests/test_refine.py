@@ -180,3 +180,14 @@ def test_tied_pairs_are_drawn_by_the_seed(tmp_path):
         "--out", tmp_path / "p.jsonl")
     assert json.loads((tmp_path / "p.jsonl.summary").read_text()) == {
         "kept": 15, "share_of_all": 0.25, "chosen_correct": 1.0, "rejected_correct": 0.0, "precision": 1.0}
+
+
+def test_clean_keeps_the_right_labels_alone(tmp_path):
+    labels = [{"id": i, "prompt": "p", "completion": f"#### {i % 3}", "reference": "1", "more": i} for i in range(7)]
+    write_jsonl(tmp_path / "l.jsonl", labels)
+    run(refine, "--method", "clean", "--labels", tmp_path / "l.jsonl", "--task", "arithmetic", "--out", tmp_path / "c.jsonl")
+    assert rows(tmp_path / "c.jsonl") == [labels[1], labels[4]]
+    write_jsonl(tmp_path / "w.jsonl", labels[2:4])
+    with pytest.raises(InputError, match="none of its 2 labels is right"):
+        run(refine, "--method", "clean", "--labels", tmp_path / "w.jsonl", "--task", "arithmetic", "--out", tmp_path / "d.jsonl")
+    assert not (tmp_path / "d.jsonl").exists()
