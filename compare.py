@@ -19,8 +19,8 @@ from pathlib import Path
 
 from sft import (Training, add_training_flags, apply_gradients, cosine_lr, encode_completion, encode_prompt, hidden_states,
                  make_optimizers, open_model, open_tokenizer, pack, pick_device)
-from tasks import (BatchLog, InputError, dumps, get_task, make_parser, partial_path, positive, read_jsonl, run_stage, share,
-                   short, write_json, write_jsonl)
+from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, partial_path, positive, read_jsonl,
+                   run_stage, share, short, warm, write_json, write_jsonl)
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -73,6 +73,7 @@ def make_pairs(task, samples, seed, wrong_per_problem=1):
     """
     import random
     problems = {}
+    warm(task, *samples)
     for records in samples:
         for r in sorted(records, key=lambda r: r.get("sample", 0)):
             problems.setdefault(r["id"], []).append(r)
@@ -224,7 +225,9 @@ def make_comparisons(args, task):
                 if r["id"] in proposals:
                     raise InputError(f"{path}: id {r['id']} stands already in another file of --b")
                 proposals[r["id"]] = r
-        for a in read_jsonl(args.a, ("id", "prompt", "completion")):
+        labels = read_jsonl(args.a, ("id", "prompt", "completion"))
+        warm(task, labels, proposals.values())
+        for a in labels:
             if a["id"] not in proposals:
                 raise InputError(f"{' '.join(args.b)}: id {a['id']} of {args.a} is missing")
             b = proposals.pop(a["id"])
@@ -251,6 +254,7 @@ def score(args):
     asked = [i for i, row in enumerate(rows) if not row[3]]
     if args.judge == "oracle":
         results = {}
+        warm(task, *([rows[i][side] for i in asked] for side in (1, 2)))
         for i in asked:
             _, a, b, _ = rows[i]
             a, b = task.grade(a), task.grade(b)
@@ -263,7 +267,7 @@ def score(args):
     for i, (key, a, b, agree) in enumerate(rows):
         ab, ba = results.get(i, (None, None))
         comparisons.append({**key, "prompt": a["prompt"], "completion_a": a["completion"], "completion_b": b["completion"],
-                            **({"reference": a["reference"]} if "reference" in a else {}),
+                            **fields_for_grading(task, a),
                             "agree": agree, "prob_b_ab": ab, "prob_b_ba": ba,
                             "prob_b": None if agree else average_orders(ab, ba)})
     result = measure(task, comparisons)
@@ -311,6 +315,7 @@ def measure(task, comparisons):
         result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
         result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
     if asked and all("reference" in c for c in asked):
+        warm(task, *([{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")))
         graded = [(c["prob_b"], *(task.grade({**c, "completion": c[k]}) for k in ("completion_a", "completion_b"))) for c in asked]
         decisive = [0.5 if p == 0.5 else float((p > 0.5) == (b > a)) for p, a, b in graded if a != b]
         result.update(decisive=len(decisive), accuracy=sum(decisive) / len(decisive) if decisive else None)

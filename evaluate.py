@@ -18,7 +18,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from tasks import (InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, write_json, write_jsonl,
+from tasks import (InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, write_json, write_jsonl,
                    write_text)
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")     # settings that add work and change none
@@ -55,6 +55,7 @@ def grade(args):
     if not rule:
         raise InputError(f"--exact-release: the release has no task {args.task}")
     records = read_jsonl(args.data, ("id", "completion", "reference"), ("id", "sample"))
+    warm(task, records)
     graded = [{**r, "correct": rule(r)} for r in records]
     if args.out:
         write_jsonl(args.out, graded)
@@ -76,6 +77,7 @@ def pick(args):
     shares = []
     for path in args.data:
         records = read_jsonl(path, ("id", "completion", "reference"), ("id", "sample"))
+        warm(task, records)
         shares.append(sum(map(task.grade, records)) / len(records))
     model = args.models[min(range(len(shares)), key=lambda i: abs(shares[i] - args.accuracy))]
     out = Path(args.out)

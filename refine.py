@@ -19,8 +19,11 @@ import math
 import random
 from fractions import Fraction
 
-from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, whole,
+from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, whole,
                    write_json, write_jsonl)
+
+
+JUDGED = "id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b_ab", "prob_b_ba", "prob_b"
 
 
 def accept_count(n, alpha):
@@ -63,7 +66,7 @@ def preference_pairs(comparisons, alpha, seed):
         chosen, rejected = (c["completion_b"], c["completion_a"]) if b else (c["completion_a"], c["completion_b"])
         pairs.append({"id": c["id"], "pair": c["pair"], "prompt": c["prompt"], "chosen": chosen, "rejected": rejected,
                       "prob_chosen": c["prob_b"] if b else 1 - c["prob_b"],
-                      **({"reference": c["reference"]} if "reference" in c else {})})
+                      **{k: v for k, v in c.items() if k not in JUDGED}})
     return sorted(pairs, key=lambda p: (dumps(p["id"]), p["pair"]))
 
 
@@ -74,6 +77,7 @@ def measure(task, before, after):
     result = {"kept": len(replaced), "share_of_all": len(replaced) / len(after),
               "asked": asked, "share_of_asked": len(replaced) / asked if asked else None}
     if all("reference" in r for r in after):
+        warm(task, before, after)
         better = sum(task.grade(b) > task.grade(a) for a, b in replaced)
         worse = sum(task.grade(b) < task.grade(a) for a, b in replaced)
         result.update(correct_before=sum(map(task.grade, before)) / len(before),
@@ -107,6 +111,7 @@ def main(args):
         result = {"kept": len(pairs), "share_of_all": len(pairs) / len(comparisons)}
         text = f"{args.out}: {len(pairs)} of {len(comparisons)} pairs kept ({len(pairs) / len(comparisons):.1%})"
         if all("reference" in p for p in pairs):
+            warm(task, *([{**p, "completion": p[k]} for p in pairs] for k in ("chosen", "rejected")))
             sides = [[task.grade({**p, "completion": p[k]}) for k in ("chosen", "rejected")] for p in pairs]
             chosen, rejected = (sum(side) / len(sides) for side in zip(*sides))
             result.update(chosen_correct=chosen, rejected_correct=rejected, precision=sum(c > r for c, r in sides) / len(sides))
@@ -117,6 +122,7 @@ def main(args):
 
     labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion", *(["reference"] if args.method == "clean" else [])))
     if args.method == "clean":
+        warm(task, labels)
         right = [r for r in labels if task.grade(r) == 1]
         if not right:
             raise InputError(f"{args.labels}: none of its {len(labels)} labels is right")

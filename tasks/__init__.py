@@ -29,10 +29,23 @@ def get_task(name):
     agree(a, b) -> bool           two records' completions give the same answer
     is_well_formed(text) -> bool  a completion that the task can parse
     MAX_PROMPT_TOKENS, MAX_NEW_TOKENS
+    FIELDS                        optional: names of further fields that grade and agree read
+    warm(records)                 optional: does side by side what grading these records will need
     """
     if name not in TASKS:
         raise InputError(f"--task {name}: there is no tasks/{name}.py; choose from {', '.join(TASKS)}")
     return importlib.import_module(f"tasks.{name}")
+
+
+def warm(task, *files):
+    """Let a task that is slow to grade do so side by side, before its records are graded one by one."""
+    if hasattr(task, "warm"):
+        task.warm([r for records in files for r in records])
+
+
+def fields_for_grading(task, record):
+    """What of a record, besides its completion, a task reads to grade it."""
+    return {k: record[k] for k in ("reference", *getattr(task, "FIELDS", ())) if k in record}
 
 
 # ---------------------------------------------------------------- records

@@ -1,0 +1,136 @@
+"""tasks/bird.py: what a query returns, hostile SQL against a real database, records and the stages that grade them."""
+import hashlib
+import json
+import shutil
+import time
+
+import pytest
+from conftest import ROOT, rows, run
+
+import compare
+import evaluate
+import refine
+from tasks import InputError, bird, write_jsonl
+
+SHARED = ROOT.parent / "shared/data"
+pytestmark = pytest.mark.skipif(not (SHARED / "chinook.sqlite").exists(), reason=f"needs chinook.sqlite in {SHARED}")
+ENDLESS = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c) SELECT count(*) FROM c"
+SLOW_STEP = "SELECT instr(zeroblob(9000000), zeroblob(4000000) || x'01')"      # one step of minutes, which no handler interrupts
+
+
+@pytest.fixture(autouse=True)
+def chinook(tmp_path, monkeypatch):
+    (tmp_path / "db/chinook").mkdir(parents=True)
+    path = tmp_path / "db/chinook/chinook.sqlite"
+    shutil.copy(SHARED / "chinook.sqlite", path)
+    monkeypatch.setenv("ILR_BIRD_DATABASES", str(tmp_path / "db"))
+    monkeypatch.setenv("ILR_SQL_TIMEOUT", "1")
+    monkeypatch.setattr(bird, "results", {})
+    return path
+
+
+def answers(*queries):
+    bird.run_queries([("chinook", q) for q in queries])
+    return [bird.results["chinook", q][0] for q in queries]
+
+
+def test_equal_sets_of_rows_are_equal_results():
+    a, b, c, d, e, f, g = answers(
+        "SELECT Name FROM Artist", "SELECT Name FROM Artist ORDER BY Name DESC", "SELECT Name FROM Artist UNION ALL SELECT Name FROM Artist",
+        "SELECT Name FROM Artist WHERE ArtistId > 1", "SELECT ArtistId, Name FROM Artist", "SELECT Name, ArtistId FROM Artist",
+        "SELECT Name FROM Artist -- with a comment")
+    assert a == b == c == g and len({a, d, e, f}) == 4
+    one, real, text, null, nothing, blob = answers("SELECT 1", "SELECT 1.0", "SELECT '1'", "SELECT NULL", "SELECT 1 WHERE 0", "SELECT x'31'")
+    assert one == real and len({one, text, null, nothing, blob}) == 5 and None not in {one, text, null, nothing, blob}
+
+
+HOSTILE = [
+    "", " ", "-- nothing", "/* nothing */", ";", "SELEC 1", "SELECT * FROM nowhere", "SELECT 1; DROP TABLE Artist", "DROP TABLE Artist",
+    "DELETE FROM Artist", "UPDATE Artist SET Name = 'x'", "INSERT INTO Artist VALUES (9999, 'x')", "REPLACE INTO Artist VALUES (1, 'x')",
+    "CREATE TABLE x (y)", "CREATE TEMP TABLE x (y)", "CREATE VIEW x AS SELECT 1", "CREATE TRIGGER x AFTER INSERT ON Artist BEGIN SELECT 1; END",
+    "CREATE INDEX x ON Artist (Name)", "ALTER TABLE Artist RENAME TO x", "ALTER TABLE Artist ADD COLUMN x", "REINDEX", "ANALYZE", "VACUUM",
+    "VACUUM INTO 'stolen.sqlite'", "ATTACH 'other.sqlite' AS x", "DETACH main", "BEGIN", "COMMIT", "ROLLBACK", "SAVEPOINT x",
+    "PRAGMA query_only = OFF", "PRAGMA journal_mode = DELETE", "PRAGMA writable_schema = ON", "PRAGMA user_version = 7",
+    "PRAGMA table_info(Artist)", "SELECT * FROM pragma_database_list", "SELECT load_extension('x.so')", "SELECT readfile('/etc/passwd')",
+    "SELECT writefile('x', 'y')", "SELECT edit('x')", "SELECT fts3_tokenizer('simple', x'00')", "SELECT randomblob(1000000000)",
+    "SELECT zeroblob(2000000000)", "SELECT hex(zeroblob(9000000))", "SELECT group_concat(a.Name || b.Name) FROM Track a, Track b",
+    "SELECT a.* FROM Track a, Track b, Track c", ENDLESS, "SELECT count(*) FROM Track a, Track b, Track c, Track d",
+    "SELECT " + "(" * 300 + "1" + ")" * 300, "SELECT 1 " + "+ 1" * 2000, "SELECT '" + "x" * 200_000 + "'", "INSERT INTO sqlite_master VALUES (1)",
+    "CREATE VIRTUAL TABLE x USING fts3(y)", "WITH x AS (SELECT 1) DELETE FROM Artist", "EXPLAIN DELETE FROM Artist", "SELECT 1\0DROP TABLE Artist"]
+
+
+def test_hostile_queries_return_nothing_and_change_nothing(chinook, tmp_path):
+    before, start = hashlib.sha256(chinook.read_bytes()).hexdigest(), time.monotonic()
+    assert len(set(HOSTILE)) > 50 and not any(answers(*HOSTILE))
+    assert time.monotonic() - start < 60       # the endless ones were stopped; a guard, not a benchmark
+    assert hashlib.sha256(chinook.read_bytes()).hexdigest() == before
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["chinook.sqlite"]
+    assert answers("SELECT count(*) FROM Artist")[0]       # and the next query is answered
+    assert "interrupted" in bird.results["chinook", ENDLESS][1]
+
+
+def test_a_query_that_hangs_is_killed_and_the_next_one_answered(monkeypatch):
+    monkeypatch.setattr(bird, "GRACE", 0.5)
+    monkeypatch.setattr(bird.os, "cpu_count", lambda: 1)
+    start = time.monotonic()
+    slow, fine = answers(SLOW_STEP, "SELECT 1")
+    assert slow is None and fine and bird.results["chinook", SLOW_STEP] == [None, "killed"] and time.monotonic() - start < 30
+
+
+def record(id_, sql, reference="SELECT Name FROM Artist"):
+    return {"id": id_, "prompt": "p", "completion": sql, "reference": reference, "db": "chinook", "reference_result": answers(reference)[0]}
+
+
+def test_grade_and_agreement():
+    good, same, bad = record(1, "SELECT Name FROM Artist"), record(1, "SELECT DISTINCT Name FROM Artist"), record(1, "SELECT 1")
+    broken, again, other = record(1, "SELEC"), record(1, " SELEC\n"), record(1, "SELEC 2")
+    assert [bird.grade(r) for r in (good, same, bad, broken)] == [1, 1, 0, 0]
+    assert bird.agree(good, same) and not bird.agree(good, bad) and bird.agree(broken, again) and not bird.agree(broken, other)
+    assert bird.is_well_formed("SELECT 1") and not bird.is_well_formed(" \n")
+    assert bird.grade(record(1, "", "SELECT 1 WHERE 0")) == 0       # BIRD's own script calls it right
+    with pytest.raises(InputError, match="id 1 has no reference_result"):
+        bird.grade({"id": 1, "completion": "SELECT 1", "db": "chinook"})
+
+
+def test_a_missing_database_is_bad_input(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "in/train.jsonl", [{"question": "q", "answer": "SELECT 1", "db_name": "absent"}] * 3)
+    write_jsonl(tmp_path / "in/test.jsonl", [{"question": "q", "answer": "SELECT 1", "db_name": "../chinook"}])
+    arguments = ["--out", tmp_path / "out", "--data-dir", tmp_path / "in", "--gt", 1]
+    with pytest.raises(InputError, match="no such database"):
+        run(bird, *arguments)
+    monkeypatch.delenv("ILR_BIRD_DATABASES")
+    with pytest.raises(InputError, match="ILR_BIRD_DATABASES is not set"):
+        run(bird, *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_records_go_through_the_stages(tmp_path, capsys):
+    queries = [f"SELECT Name FROM Artist WHERE ArtistId = {i}" for i in range(1, 13)]
+    write_jsonl(tmp_path / "in/train.jsonl", [{"question": f"q{i}", "answer": q, "db_name": "chinook"} for i, q in enumerate(queries)])
+    write_jsonl(tmp_path / "in/test.jsonl", [{"question": "t", "answer": q, "db_name": "chinook"} for q in ("SELECT 1", "SELEC")])
+    run(bird, "--out", tmp_path / "d", "--data-dir", tmp_path / "in", "--gt", 4)
+    assert "1 of 2 test references cannot be run and are left out, the first: test-1" in capsys.readouterr().out
+    gt, unlab, test = (rows(tmp_path / f"d/{n}.jsonl") for n in ("gt", "unlab", "test"))
+    assert (len(gt), len(unlab), len(test)) == (4, 8, 1) and test[0]["prompt"] == "USER:\nt\n\nASSISTANT:\n" and test[0]["db"] == "chinook"
+    labels = [{**r, "completion": r["completion"] if i < 4 else "SELECT 0"} for i, r in enumerate(unlab)]
+    proposals = [{**r, "completion": "SELECT 0" if i < 4 else r["completion"].replace("Name", "Name AS n")} for i, r in enumerate(unlab)]
+    for name, records in (("l", labels), ("p", proposals), ("s", [{**r, "sample": k, "completion": x["completion"]} for r in unlab
+                                                               for k, x in enumerate((r, labels[7]))])):
+        write_jsonl(tmp_path / f"{name}.jsonl", records)
+    run(evaluate, "grade", "--task", "bird", "--data", tmp_path / "l.jsonl")
+    assert "50.0% correct of 8" in capsys.readouterr().out
+    run(compare, "score", "--judge", "oracle", "--task", "bird", "--a", tmp_path / "l.jsonl", "--b", tmp_path / "p.jsonl", "--out", tmp_path / "c.jsonl")
+    run(refine, "--method", "oracle", "--labels", tmp_path / "l.jsonl", "--comparisons", tmp_path / "c.jsonl", "--task", "bird", "--out", tmp_path / "l2.jsonl")
+    refined = rows(tmp_path / "l2.jsonl")
+    assert [r["accepted"] for r in refined] == [False] * 4 + [True] * 4 and all(bird.grade(r) == 1 for r in refined)
+    run(compare, "score", "--judge", "oracle", "--task", "bird", "--a", tmp_path / "s.jsonl", "--out", tmp_path / "sc.jsonl")
+    run(refine, "--method", "pairs", "--comparisons", tmp_path / "sc.jsonl", "--task", "bird", "--max-replace", 0.5, "--out", tmp_path / "pref.jsonl")
+    assert "chosen correct 100.0%, rejected correct 0.0%" in capsys.readouterr().out and len(rows(tmp_path / "pref.jsonl")) == 4
+
+
+@pytest.mark.skipif(not (SHARED / "bird/test.jsonl").exists(), reason="needs the BIRD problems")
+def test_every_real_prompt_fits_its_token_limit():
+    problems = [json.loads(line) for line in (SHARED / "bird/test.jsonl").open()]
+    assert len(problems) == 1405 and all(p["question"].startswith("Given the following database schema") for p in problems)
+    # no tokenizer makes more tokens of a text than it has bytes
+    assert max(len(f"USER:\n{p['question']}\n\nASSISTANT:\n".encode()) for p in problems) < bird.MAX_PROMPT_TOKENS
