@@ -51,7 +51,7 @@ def roomy_cache(model, tokens):
                 self.lazy_initialization(key_states, value_states)
             start, new = self.get_seq_length(), (key_states, value_states)
             end = start + key_states.shape[-2]
-            if self.room is None or len(self.room[0]) != len(key_states):       # the first tokens, or rows have left the batch
+            if self.room is None:       # the first tokens, or other rows than before
                 self.room = [x.new_empty(*x.shape[:2], tokens, x.shape[-1]) for x in new]
                 if start:
                     self.room[0][:, :, :start], self.room[1][:, :, :start] = self.keys, self.values
@@ -59,6 +59,10 @@ def roomy_cache(model, tokens):
                 room[:, :, start:end] = x
             self.keys, self.values = (room[:, :, :end] for room in self.room)
             return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            super().batch_select_indices(indices)
+            self.room = None
 
     cache = DynamicCache(config=model.config)
     cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]

@@ -32,6 +32,7 @@ ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may repl
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, or oracle
+LORA_RANK=${LORA_RANK:-0}         # of SFT and DPO; 0 trains every weight
 CLEAN_START=${CLEAN_START:-0}     # 1: SFT and ILR start from the unreliable labels that are right
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
@@ -52,31 +53,32 @@ case $TASK in
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
-    OWN="PRETRAIN PRETRAIN_WEAK" PREPARE="" EVALS="test|validation"
+    OWN="PRETRAIN PRETRAIN_WEAK" PREPARE=() EVALS="test|validation"
     JUDGING="--micro-tokens 1024" PREFERRING="" PROPOSING=""
     DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
-  gsm8k|bird) # the paper's models and numbers, but for full finetuning, whose learning rates are not the paper's (LoRA) and untried
+  gsm8k|bird) # the paper's models and numbers; LORA_RANK=64 is the paper's, the learning rates of full finetuning are untried
     case $TASK in
       gsm8k) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1} ;;
       bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;;
     esac
-    WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b}
-    WEAK_LR=${WEAK_LR:-2e-5} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-32}
+    if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-5e-4} SFT_LR=${SFT_LR:-1e-4}; fi
+    WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-32}
     CHECKPOINTS=${CHECKPOINTS:-10 20 30 40 50 60 70 80 90} WEAK_ACCURACY=${WEAK_ACCURACY:-0}
-    SFT_LR=${SFT_LR:-1e-5} SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-32}
+    SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-32}
     JUDGE_LR=${JUDGE_LR:-1e-6} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}
     JUDGE_WRONG=${JUDGE_WRONG:-1} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}
     DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
-    STATE_EVERY=${STATE_EVERY:-900} OWN="" EVALS="test" PREPARE="--data-dir ${DATA_DIR:-data/$TASK}"
+    STATE_EVERY=${STATE_EVERY:-900} OWN="DATA_DIR PACKING" EVALS="test" DATA_DIR=${DATA_DIR:-data/$TASK}
+    PREPARE=(--data-dir "$DATA_DIR")
     if [ $TASK = gsm8k ]; then EVALS="test|validation|platinum"; fi
-    case $EVAL in validation) PREPARE="$PREPARE --validation 500" ;; platinum) PREPARE="$PREPARE --platinum" ;; esac
+    case $EVAL in validation) PREPARE+=(--validation 500) ;; platinum) PREPARE+=(--platinum) ;; esac
     PACKING=${PACKING:---row-tokens 2048 --micro-tokens 4096 --gradient-checkpointing} JUDGING="" PREFERRING="--optimizer rmsprop8bit"
     DECODING="--max-new-tokens 256 --batch-size 256" PROPOSING="--num-beams 4" SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA JUDGE CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK JUDGE CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
@@ -93,7 +95,7 @@ check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anyt
   done
 }
 check '[1-9]' 'a digit from 1 to 9' JOBS
-check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST $OWN WEAK_EPOCHS WEAK_BATCH \
+check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
@@ -103,7 +105,9 @@ check '(trained|oracle)' 'trained or oracle' JUDGE
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 check '(ilr|dpo|naive)( +(ilr|dpo|naive))*' 'some of ilr, dpo, naive' METHODS
 check '[01]' '0 or 1' CLEAN_START
-PACKING="$PACKING --state-every $STATE_EVERY"
+check '(0|[1-9][0-9]*)' 'a rank, or 0' LORA_RANK
+[ "$TASK" != arithmetic ] || check '[1-9][0-9]*' 'a whole number above 0' $OWN
+TRAINING="$PACKING --state-every $STATE_EVERY"
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 # ---------------------------------------------------------------- running stages
@@ -187,7 +191,7 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
 train() {      # train NAME OUT MODEL DATA LR EPOCHS BATCH FLAGS...
   local name=$1 out=$2 model=$3 records=$4 lr=$5 epochs=$6 batch=$7; shift 7
   stage "$name" "$out" "$PYTHON" sft.py --model "$model" --data "$records" --out "$out" --lr "$lr" --epochs "$epochs" \
-    --batch-size "$batch" $PACKING "$@"
+    --batch-size "$batch" --lora-rank "$LORA_RANK" $TRAINING "$@"
 }
 
 answer() {     # answer NAME DIR MODELS...: the test answers of a point's models, graded
@@ -240,7 +244,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   fi
   stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
-    --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $PACKING $JUDGING
+    --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $TRAINING $JUDGING
   LATER=10 answer "$at/weak" "$run/weak" "$labeler"
 }
 
@@ -304,7 +308,7 @@ dpo_models() {     # each round: samples of the policy, comparison, the surest p
     for ((r = 1; r <= RETRAINS; r++)); do
       stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
         --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
-        $PACKING $PREFERRING
+        --lora-rank "$LORA_RANK" $TRAINING $PREFERRING
     done
     policy=$dir/model_1
   done
@@ -329,7 +333,7 @@ pipeline() {
     [ "$JUDGE" = trained ] || judge=$JUDGE
     if [ "$CLEAN_START" = 1 ]; then start=$run/clean/labels.jsonl; else start=$run/weak/labels.jsonl; fi
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
-      --seed "$seed" $PREPARE
+      --seed "$seed" "${PREPARE[@]}"
     steps=(strong_base weak_side start_models)
     for method in $METHODS; do
       case $method in

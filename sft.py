@@ -84,9 +84,12 @@ def add_lora(model, rank):
             return self.base(x) + (2 * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(x.dtype)
 
     model.requires_grad_(False)
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
-            model.set_submodule(name, LoraLinear(layer))
+    linear = [(name, layer) for name, layer in model.named_modules()
+              if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()]
+    if not linear:
+        raise InputError("--lora-rank: the model has no linear layers to adapt")
+    for name, layer in linear:
+        model.set_submodule(name, LoraLinear(layer))
 
 
 def save_model(model, tokenizer, folder):
@@ -209,10 +212,10 @@ def make_optimizers(model, name, lr, device):
         return [torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
     if name == "muon":
         inner = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
+        outer = [p for p in params if id(p) not in inner]
         return [torch.optim.Muon([p for p in params if id(p) in inner], lr=lr, weight_decay=0.0,
                                  adjust_lr_fn="match_rms_adamw"),
-                torch.optim.AdamW([p for p in params if id(p) not in inner], lr=lr, betas=(0.9, 0.95),
-                                  weight_decay=0.0, fused=True)]
+                *([torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if outer else [])]
     import bitsandbytes as bnb
     bnb.optim.GlobalOptimManager.get_instance().register_module_override(
         model.get_input_embeddings(), "weight", {"optim_bits": 32})

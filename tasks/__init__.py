@@ -52,7 +52,8 @@ def fields_for_grading(task, record):
 TEXT, WHOLE = ((str,), "a string"), ((int,), "a whole number")
 KINDS = {"id": ((str, int), "a string or a whole number"), "sample": WHOLE, "pair": WHOLE, "agree": ((bool,), "true or false"),
          "prob_b": ((int, float, type(None)), "a probability or null"),
-         **dict.fromkeys(("prompt", "completion", "completion_a", "completion_b", "chosen", "rejected"), TEXT)}
+         **dict.fromkeys(("prompt", "completion", "completion_a", "completion_b", "chosen", "rejected", "question", "answer",
+                                                "db_name"), TEXT)}
 
 
 def not_json(name):

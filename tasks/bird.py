@@ -75,13 +75,17 @@ def execute(path, sql, seconds):
 def work():
     """Answer requests, a JSON line [path, sql, seconds] each, with a line [digest or null, error or null]."""
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY, MAX_MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def lower(kind, limit):      # never above what the system allows already
+        hard = resource.getrlimit(kind)[1]
+        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+
+    lower(resource.RLIMIT_AS, MAX_MEMORY)
+    lower(resource.RLIMIT_CORE, 0)
     for line in sys.stdin:
         path, sql, seconds = json.loads(line)
         used = resource.getrusage(resource.RUSAGE_SELF)
-        limit = int(used.ru_utime + used.ru_stime + seconds) + 5
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 5)
         try:
             answer = [execute(path, sql, seconds), None]
         except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError, OverflowError) as e:
@@ -97,7 +101,14 @@ class Worker:
     def ask(self, path, sql, seconds):
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen([sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL, text=True, encoding="utf-8", env={"PATH": ""})
+                                            stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+                                            env={k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG")})
+            error = self.exchange(path, "SELECT count(*) FROM sqlite_master", 30)[1]
+            if error:       # else every query would count as wrong
+                raise OSError(f"{path}: a process of its own cannot read it: {error}")
+        return self.exchange(path, sql, seconds)
+
+    def exchange(self, path, sql, seconds):
         timer = threading.Timer(seconds + GRACE, self.process.kill)
         timer.start()
         try:
@@ -136,7 +147,9 @@ def run_queries(queries):
     try:
         seconds = float(os.environ.get("ILR_SQL_TIMEOUT", 30))
     except ValueError:
-        raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: expected seconds") from None
+        seconds = 0
+    if not 0 < seconds <= 86400:
+        raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: expected seconds, up to a day")
     queries = [q for q in dict.fromkeys(queries) if q not in results]
     paths = {db: database(db) for db in {db for db, _ in queries}}
     own, workers = threading.local(), []
@@ -156,16 +169,21 @@ def run_queries(queries):
             worker.close()
 
 
+def query(record):
+    if not isinstance(record.get("db"), str):
+        raise InputError(f"id {record['id']} has no db: make the records with tasks/bird.py")
+    return record["db"], record["completion"]
+
+
 def result(record):
-    query = (record["db"], record["completion"])
-    run_queries([query])
-    return results[query][0]
+    run_queries([query(record)])
+    return results[query(record)][0]
 
 
 # ---------------------------------------------------------------- the names every task has
 def warm(records):
     """Run the queries of these records side by side, before they are graded or compared one by one."""
-    run_queries([(r["db"], r["completion"]) for r in records])
+    run_queries(map(query, records))
 
 
 def is_well_formed(text):
@@ -198,8 +216,6 @@ def main(args):
                         "reference": r["answer"], "source": "gold", "db": r["db_name"]} for i, r in enumerate(found)]
     random.Random(args.seed).shuffle(rows["train"])
     rows = {"train": rows["train"][:args.train], "test": rows["test"][:args.test]}
-    if not 0 < args.gt < len(rows["train"]):
-        raise InputError(f"--gt {args.gt} must lie between 0 and the {len(rows['train'])} problems to train on")
     warm(rows["train"] + rows["test"])
     for split, records in rows.items():
         failed = [r for r in records if result(r) is None]
@@ -207,6 +223,9 @@ def main(args):
             print(f"{len(failed)} of {len(records)} {split} references cannot be run and are left out, the first: {failed[0]['id']} "
                   f"({results[failed[0]['db'], failed[0]['completion']][1]})")
         rows[split] = [{**r, "reference_result": result(r)} for r in records if result(r) is not None]
+    if not 0 < args.gt < len(rows["train"]) or not rows["test"]:
+        raise InputError(f"--gt {args.gt} must lie between 0 and the {len(rows['train'])} problems to train on, and there must be "
+                         f"some of the {len(rows['test'])} to test on")
     write_jsonl(out / "train.jsonl", rows["train"])
     write_jsonl(out / "gt.jsonl", rows["train"][:args.gt])
     write_jsonl(out / "unlab.jsonl", rows["train"][args.gt:])

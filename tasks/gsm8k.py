@@ -29,15 +29,16 @@ HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
 
 
 # ---------------------------------------------------------------- the names every task has
-NUMBER = re.compile(r"[\s*_`$€£({\[\\]*(-?)[\s$€£]*([0-9][0-9,]*+(?:\.[0-9]+)?+|\.[0-9]+)(?!\s*/\s*[0-9])")
+NUMBER = re.compile(r"[\s*_`$€£({\[\\]*([-+\u2212]?)[\s$€£]*([0-9][0-9,]*+(?:\.[0-9]+)?+|\.[0-9]+)"
+                    r"(?!\s*/\s*[0-9]|\s+[0-9]+\s*/\s*[0-9]|[eE^][0-9])")
 
 
 def final_answer(text):
     """The number behind the last `####` as Decimal, or None: currency, commas, percent, markdown and a final dot are no
-    part of it, nor is what follows it. A fraction is no number."""
+    part of it, nor is what follows it. A fraction or a power is no number."""
     marker, tail = text.rpartition("####")[1:]
     match = NUMBER.match(tail) if marker else None
-    return Decimal(match[1] + match[2].replace(",", "")) if match else None
+    return Decimal(("-" if match[1] in ("-", "\u2212") else "") + match[2].replace(",", "")) if match else None
 
 
 def is_well_formed(text):

@@ -77,6 +77,17 @@ def test_a_query_that_hangs_is_killed_and_the_next_one_answered(monkeypatch):
     assert slow is None and fine and bird.results["chinook", SLOW_STEP] == [None, "killed"] and time.monotonic() - start < 30
 
 
+def test_a_worker_that_cannot_work_is_an_error_and_lower_limits_are_kept(chinook):
+    import subprocess
+    import sys
+    code = "from tasks import bird; bird.run_queries([('chinook', 'SELECT 1')]); print(bird.results['chinook', 'SELECT 1'][0])"
+    done = subprocess.run(["bash", "-c", f"ulimit -t 100 -v 3000000; {sys.executable} -c \"{code}\""], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == (answers("SELECT 1")[0], 0), done.stderr
+    chinook.write_bytes(b"no database")
+    with pytest.raises(OSError, match="a process of its own cannot read it: DatabaseError: file is not a database"):
+        answers("SELECT 2 FROM Artist", "SELECT 3 FROM Artist")
+
+
 def record(id_, sql, reference="SELECT Name FROM Artist"):
     return {"id": id_, "prompt": "p", "completion": sql, "reference": reference, "db": "chinook", "reference_result": answers(reference)[0]}
 
@@ -98,6 +109,18 @@ def test_a_missing_database_is_bad_input(tmp_path, monkeypatch):
     arguments = ["--out", tmp_path / "out", "--data-dir", tmp_path / "in", "--gt", 1]
     with pytest.raises(InputError, match="no such database"):
         run(bird, *arguments)
+    for seconds in ("nan", "inf", "0", "-20", "soon"):
+        monkeypatch.setenv("ILR_SQL_TIMEOUT", seconds)
+        with pytest.raises(InputError, match=f"ILR_SQL_TIMEOUT is '{seconds}'"):
+            answers("SELECT 1")
+    monkeypatch.setenv("ILR_SQL_TIMEOUT", "1")
+    write_jsonl(tmp_path / "in/train.jsonl", [{"question": "q", "answer": f"SELEC {i}", "db_name": "chinook"} for i in range(3)])
+    write_jsonl(tmp_path / "in/test.jsonl", [{"question": "q", "answer": "SELECT 1", "db_name": "chinook"}])
+    with pytest.raises(InputError, match="between 0 and the 0 problems"):       # all references fail
+        run(bird, *arguments)
+    with pytest.raises(InputError, match="id 7 has no db"):
+        bird.warm([{"id": 7, "completion": "SELECT 1"}])
+    monkeypatch.setattr(bird, "results", {})
     monkeypatch.delenv("ILR_BIRD_DATABASES")
     with pytest.raises(InputError, match="ILR_BIRD_DATABASES is not set"):
         run(bird, *arguments)

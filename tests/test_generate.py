@@ -62,6 +62,18 @@ def test_samples_are_those_of_each_prompt_alone(model, monkeypatch):
         assert ([completions[i]], [truncated[i]]) == generate.decode(model, [prompt], EOS, NEW, 0.9, uniforms[i:i + 1])
 
 
+def test_a_prompt_whose_samples_all_end_at_once_leaves_the_others_alone(model):
+    """The batch is then as long as the prefill of its prompts was: the cache must not take the one for the other."""
+    a, b = [1, 5, 6, 7], [1, 8, 9, 10]
+    cdf = model(input_ids=torch.tensor([a])).logits[0, -1].softmax(-1).cumsum(-1)
+    uniforms = torch.rand(4, NEW, generator=torch.Generator().manual_seed(3))
+    uniforms[:2, 0] = (cdf[EOS - 1] + cdf[EOS]) / 2         # both samples of a draw EOS
+    completions, _ = generate.decode(model, [a, a, b, b], EOS, NEW, 1.0, uniforms)
+    assert completions[:2] == [[], []] and len(completions[2]) > 1
+    for i in (2, 3):
+        assert completions[i] == generate.decode(model, [b], EOS, NEW, 1.0, uniforms[i:i + 1])[0][0]
+
+
 def test_beams_are_transformers_of_each_prompt_alone(model, monkeypatch):
     prompts = prompts_of(6, seed=2)
     completions, truncated = generate.decode_beams(model, prompts, EOS, NEW, 4)

@@ -17,7 +17,8 @@ real = pytest.mark.skipif(not DATA.exists(), reason=f"needs the GSM8K files in {
     ("#### -$42", -42), ("#### $-42", -42), ("#### 42%", 42), ("#### **42**", 42), ("#### **$1,234.50**", 1234.5), ("#### .5", 0.5),
     ("#### 42 dollars", 42), ("#### 42\n\nUSER:\nAnother", 42), ("#### 1\n#### 2", 2), ("#### 1\n####", None), ("####\n42", 42),
     ("42", None), ("", None), ("#### forty", None), ("#### 1/2", None), ("#### 12 / 4", None), ("#### 3/", 3), ("## 42", None),
-    ("##### 42", 42), ("#### \u0664\u0662", None), ("#### 42,", 42)])
+    ("##### 42", 42), ("#### \u0664\u0662", None), ("#### 42,", 42),
+    ("#### +5", 5), ("#### \u22125", -5), ("#### 5 1/2", None), ("#### 1e5", None), ("#### 10^3", None), ("#### 5 or 6", 5)])
 def test_final_answer(text, number):
     answer = gsm8k.final_answer(text)
     assert (None if answer is None else float(answer)) == number and gsm8k.is_well_formed(text) == (number is not None)
