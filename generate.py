@@ -16,8 +16,8 @@ import hashlib
 import os
 from pathlib import Path
 
-from sft import encode_prompt, half_of, open_model, open_tokenizer, pick_device
-from tasks import (BatchLog, InputError, amount, dumps, make_parser, partial_path, positive, read_jsonl, run_stage, short,
+from sft import encode_prompt, open_model, open_tokenizer, pick_device
+from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, partial_path, positive, read_jsonl, run_stage, short,
                    whole, write_jsonl)
 
 

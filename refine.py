@@ -22,7 +22,6 @@ from fractions import Fraction
 from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, whole,
                    write_json, write_jsonl)
 
-
 JUDGED = "id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b_ab", "prob_b_ba", "prob_b"
 
 

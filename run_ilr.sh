@@ -60,8 +60,10 @@ case $TASK in
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
   gsm8k|bird) # the paper's models and numbers; LORA_RANK=64 is the paper's, the learning rates of full finetuning are untried
     case $TASK in
-      gsm8k) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1} ;;
-      bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;;
+      gsm8k) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
+        EVALS="test|validation|platinum" ;;
+      bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B}
+        EVALS="test" ;;
     esac
     if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-5e-4} SFT_LR=${SFT_LR:-1e-4}; fi
     WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-32}
@@ -70,9 +72,8 @@ case $TASK in
     JUDGE_LR=${JUDGE_LR:-1e-6} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}
     JUDGE_WRONG=${JUDGE_WRONG:-1} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}
     DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
-    STATE_EVERY=${STATE_EVERY:-900} OWN="DATA_DIR PACKING" EVALS="test" DATA_DIR=${DATA_DIR:-data/$TASK}
+    STATE_EVERY=${STATE_EVERY:-900} OWN="DATA_DIR PACKING" DATA_DIR=${DATA_DIR:-data/$TASK}
     PREPARE=(--data-dir "$DATA_DIR")
-    if [ $TASK = gsm8k ]; then EVALS="test|validation|platinum"; fi
     case $EVAL in validation) PREPARE+=(--validation 500) ;; platinum) PREPARE+=(--platinum) ;; esac
     PACKING=${PACKING:---row-tokens 2048 --micro-tokens 4096 --gradient-checkpointing} JUDGING="" PREFERRING="--optimizer rmsprop8bit"
     DECODING="--max-new-tokens 256 --batch-size 256" PROPOSING="--num-beams 4" SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
@@ -259,7 +260,7 @@ ceiling() {        # SFT on gold labels of the same problems
   LATER=10 strong_models "$at/gold" "$run/gold" "$data/unlab.jsonl"
 }
 
-ilr_half() { train "$name/half_$1" "$dir/half_$1" "$STRONG_MODEL" "$labels" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" \
+half_model() { train "$name/half_$1" "$dir/half_$1" "$STRONG_MODEL" "$labels" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" \
   --task "$TASK" --half "$1" --round "$round" --seed "$seed"; }
 
 refined_labels() { # refined_labels ilr|naive: each round, cross-labelling by two half-models, comparison, refinement
@@ -267,7 +268,7 @@ refined_labels() { # refined_labels ilr|naive: each round, cross-labelling by tw
   needs "$labels"; needs "$STRONG_MODEL"
   for ((round = 1; round <= ROUNDS; round++)); do
     name=$at/${method}_$round dir=$run/${method}_$round
-    lanes "ilr_half 1" "ilr_half 2"
+    lanes "half_model 1" "half_model 2"
     stage "$name/propose" "$dir/proposals_2.jsonl" "$PYTHON" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
       --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
       $DECODING $PROPOSING

@@ -3,23 +3,23 @@
     python sft.py --model mistralai/Mistral-7B-v0.1 --data labels.jsonl --out runs/sft
     python sft.py --init-config strong.json --tokenizer tok --data corpus.jsonl --out base   # from scratch
 
-Every weight is trained (or adapters: --lora-rank), in bf16 on CUDA and fp32 on CPU. The loss is the mean negative log-likelihood of the completion
-tokens of the whole optimizer batch, so the micro-batch size changes nothing. Records are packed into rows without
-cross-talk, and logits are computed only where there is a label. Writes a `save_pretrained` folder with `metrics.jsonl`
-(a row per optimizer step). Killed and started again, the same command continues and ends with the same bytes (CPU).
+Every weight is trained (or adapters: --lora-rank), in bf16 on CUDA and fp32 on CPU. The loss is the mean negative
+log-likelihood of the completion tokens of the whole optimizer batch, so the micro-batch size changes nothing. Records are
+packed into rows without cross-talk, and logits are computed only where there is a label. Writes a `save_pretrained` folder
+with `metrics.jsonl` (a row per optimizer step). Killed and started again, the same command continues and ends with the same
+bytes (CPU).
 
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS), halves depend on
 (seed, round, id) and not on row order, batches are packed, and labels the task cannot parse are counted aloud.
 """
 import gc
-import hashlib
 import json
 import math
-import shutil
+import time
 from pathlib import Path
 
-from tasks import (InputError, amount, dumps, get_task, make_parser, partial_path, positive, rate, read_jsonl, run_stage,
-                   share, short, whole, write_text)
+from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, rate, read_jsonl,
+                   run_stage, share, short, whole, write_text)
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
@@ -118,11 +118,6 @@ def encode_completion(tokenizer, completion):
     return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
 
 
-def half_of(seed, round_, id_):
-    """1 or 2: the cross-labelling half of a problem in a round, whatever its place in the file."""
-    return 1 + hashlib.sha256(dumps([seed, round_, id_]).encode()).digest()[0] % 2
-
-
 def pack(sequences, row_tokens, micro_tokens, device="cpu"):
     """Sequences -> micro-batches of packed rows (first fit, longest first).
 
@@ -208,14 +203,13 @@ def make_optimizers(model, name, lr, device):
     name = ("adamw8bit" if device.type == "cuda" else "adamw") if name == "auto" else name
     params = [p for p in model.parameters() if p.requires_grad]
     print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in {params[0].dtype} on {device}")
-    if name == "adamw":
-        return [torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    first = []
     if name == "muon":
         inner = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
-        outer = [p for p in params if id(p) not in inner]
-        return [torch.optim.Muon([p for p in params if id(p) in inner], lr=lr, weight_decay=0.0,
-                                 adjust_lr_fn="match_rms_adamw"),
-                *([torch.optim.AdamW(outer, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if outer else [])]
+        first = [torch.optim.Muon([p for p in params if id(p) in inner], lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        params = [p for p in params if id(p) not in inner]
+    if name in ("adamw", "muon"):
+        return first + ([torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if params else [])
     import bitsandbytes as bnb
     bnb.optim.GlobalOptimManager.get_instance().register_module_override(
         model.get_input_embeddings(), "weight", {"optim_bits": 32})
@@ -246,7 +240,6 @@ class Training:
     """
 
     def __init__(self, folder, model, optimizers, seconds):
-        import time
         import torch
         self.folder, self.model, self.optimizers, self.seconds = folder, model, optimizers, seconds
         folder.mkdir(parents=True, exist_ok=True)
@@ -270,7 +263,6 @@ class Training:
 
     def save_state(self, step, always=False, **more):
         """Write the resumable state if `seconds` have passed since the last one."""
-        import time
         import torch
         if not always and time.monotonic() - self.saved_at < self.seconds:
             return

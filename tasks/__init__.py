@@ -43,6 +43,11 @@ def warm(task, *files):
         task.warm([r for records in files for r in records])
 
 
+def user_prompt(question):
+    """The prompt of a question to a base model, as the paper's release has it (core/datasets.py)."""
+    return f"USER:\n{question}\n\nASSISTANT:\n"
+
+
 def fields_for_grading(task, record):
     """What of a record, besides its completion, a task reads to grade it."""
     return {k: record[k] for k in ("reference", *getattr(task, "FIELDS", ())) if k in record}
@@ -53,7 +58,7 @@ TEXT, WHOLE = ((str,), "a string"), ((int,), "a whole number")
 KINDS = {"id": ((str, int), "a string or a whole number"), "sample": WHOLE, "pair": WHOLE, "agree": ((bool,), "true or false"),
          "prob_b": ((int, float, type(None)), "a probability or null"),
          **dict.fromkeys(("prompt", "completion", "completion_a", "completion_b", "chosen", "rejected", "question", "answer",
-                                                "db_name"), TEXT)}
+                          "db_name"), TEXT)}
 
 
 def not_json(name):
@@ -107,6 +112,11 @@ def dumps(record):
     return json.dumps(record, ensure_ascii=False)
 
 
+def half_of(seed, round_, id_):
+    """1 or 2: the cross-labelling half of a problem in a round, whatever its place in the file."""
+    return 1 + hashlib.sha256(dumps([seed, round_, id_]).encode()).digest()[0] % 2
+
+
 def write_text(path, text):
     """Write beside `path`, flush to the disk, rename: a crash or a full disk leaves the old file or none."""
     path = Path(path)
@@ -125,6 +135,14 @@ def write_text(path, text):
 
 def write_jsonl(path, records):
     write_text(path, "".join(dumps(r) + "\n" for r in records))
+
+
+def write_training(out, train, gt):
+    """Training problems as train, gt and unlab .jsonl: D_gt is the first `gt` of them, and neither part may be empty."""
+    if not 0 < gt < len(train):
+        raise InputError(f"--gt {gt} must lie between 0 and the {len(train)} problems to train on")
+    for name, records in (("train", train), ("gt", train[:gt]), ("unlab", train[gt:])):
+        write_jsonl(Path(out) / f"{name}.jsonl", records)
 
 
 def write_json(path, value):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, make_parser, positive, read_jsonl, run_stage, whole, write_jsonl
+from tasks import InputError, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 4096, 256
 FIELDS = "db", "reference_result"
@@ -142,6 +142,9 @@ def database(name):
 
 def run_queries(queries):
     """Run (db, SQL) pairs that have not been run yet, on all cores: fills `results`."""
+    queries = [q for q in dict.fromkeys(queries) if q not in results]
+    if not queries:       # as in grading record by record, after `warm`
+        return
     from concurrent.futures import ThreadPoolExecutor
     from tqdm import tqdm
     try:
@@ -150,7 +153,6 @@ def run_queries(queries):
         seconds = 0
     if not 0 < seconds <= 86400:
         raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: expected seconds, up to a day")
-    queries = [q for q in dict.fromkeys(queries) if q not in results]
     paths = {db: database(db) for db in {db for db, _ in queries}}
     own, workers = threading.local(), []
 
@@ -161,7 +163,7 @@ def run_queries(queries):
         return own.worker.ask(paths[query[0]], query[1], seconds)
 
     try:
-        with ThreadPoolExecutor(min(os.cpu_count(), max(1, len(queries)))) as pool:
+        with ThreadPoolExecutor(min(os.cpu_count(), len(queries))) as pool:
             results.update(zip(queries, tqdm(pool.map(ask, queries), total=len(queries), desc="sql", unit="query", mininterval=1,
                                              disable=len(queries) < 10)))
     finally:
@@ -212,7 +214,7 @@ def main(args):
     out, rows = Path(args.out), {}
     for split in ("train", "test"):
         found = read_jsonl(Path(args.data_dir) / f"{split}.jsonl", ("question", "answer", "db_name"), key=())
-        rows[split] = [{"id": f"{split}-{i}", "prompt": f"USER:\n{r['question']}\n\nASSISTANT:\n", "completion": r["answer"],
+        rows[split] = [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"],
                         "reference": r["answer"], "source": "gold", "db": r["db_name"]} for i, r in enumerate(found)]
     random.Random(args.seed).shuffle(rows["train"])
     rows = {"train": rows["train"][:args.train], "test": rows["test"][:args.test]}
@@ -223,12 +225,9 @@ def main(args):
             print(f"{len(failed)} of {len(records)} {split} references cannot be run and are left out, the first: {failed[0]['id']} "
                   f"({results[failed[0]['db'], failed[0]['completion']][1]})")
         rows[split] = [{**r, "reference_result": result(r)} for r in records if result(r) is not None]
-    if not 0 < args.gt < len(rows["train"]) or not rows["test"]:
-        raise InputError(f"--gt {args.gt} must lie between 0 and the {len(rows['train'])} problems to train on, and there must be "
-                         f"some of the {len(rows['test'])} to test on")
-    write_jsonl(out / "train.jsonl", rows["train"])
-    write_jsonl(out / "gt.jsonl", rows["train"][:args.gt])
-    write_jsonl(out / "unlab.jsonl", rows["train"][args.gt:])
+    if not rows["test"]:
+        raise InputError(f"{args.data_dir}/test.jsonl: no problem is left to test on")
+    write_training(out, rows["train"], args.gt)
     write_jsonl(out / "test.jsonl", rows["test"])
 
 

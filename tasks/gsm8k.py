@@ -17,7 +17,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, make_parser, positive, read_jsonl, run_stage, whole, write_jsonl, write_text
+from tasks import InputError, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_text, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 512, 256
 AUTHORS = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
@@ -110,24 +110,20 @@ def rows_of(split, folder):
 
 def record(split, i, row):
     reference = row["answer"].rpartition("####")[2].strip()
-    return {"id": f"{split}-{i}", "prompt": f"USER:\n{row['question']}\n\nASSISTANT:\n", "completion": row["answer"],
+    return {"id": f"{split}-{i}", "prompt": user_prompt(row["question"]), "completion": row["answer"],
             "reference": reference, "source": "gold"}
 
 
 def main(args):
     out, folder = Path(args.out), Path(args.data_dir)
-    rows = {split: rows_of(split, folder) for split in ("train", "test", *(["platinum"] if args.platinum else []))}
-    records = {split: [record(split, i, r) for i, r in enumerate(rows[split])] for split in rows}
+    records = {split: [record(split, i, r) for i, r in enumerate(rows_of(split, folder))]
+               for split in ("train", "test", *(["platinum"] if args.platinum else []))}
     train = records["train"]
     random.Random(args.seed).shuffle(train)
-    count = min(args.train, len(train) - args.validation)
-    if not 0 < args.gt < count:
-        raise InputError(f"--gt {args.gt} must lie between 0 and the {count} problems to train on")
+    rest = max(0, len(train) - args.validation)
+    write_training(out, train[:min(args.train, rest)], args.gt)
     if args.validation:
-        write_jsonl(out / "validation.jsonl", train[len(train) - args.validation:])
-    write_jsonl(out / "train.jsonl", train[:count])
-    write_jsonl(out / "gt.jsonl", train[:args.gt])
-    write_jsonl(out / "unlab.jsonl", train[args.gt:count])
+        write_jsonl(out / "validation.jsonl", train[rest:])
     if args.platinum:
         write_jsonl(out / "platinum.jsonl", records["platinum"])
     write_jsonl(out / "test.jsonl", records["test"][:args.test])
