@@ -3,6 +3,7 @@
     python compare.py train --model google/gemma-2b --task arithmetic --data samples_*.jsonl --gold gt.jsonl --out judge
     python compare.py score --judge judge --task arithmetic --a labels.jsonl --b proposals.jsonl --out comparisons.jsonl
     python compare.py score --judge judge --task arithmetic --a samples.jsonl --out pairs.jsonl   # samples 0-1, 2-3, ... of a prompt
+    python compare.py score --judge human --seconds-per-pair 30 ...        # a person; or oracle, or the URL of an OpenAI-compatible endpoint
 
 Training pairs come from what the checkpoints of the weak model (--data, earliest first) answered to problems whose
 references are known. A copy of the weak model with a 2-way head reads prompt, A and B, in both orders, and says "keep A"
@@ -13,14 +14,18 @@ A score asks twice: prob_b = (P(change | A, B) + 1 - P(change | B, A)) / 2, so a
 Unlike the paper's release: the two orders really differ in every use, the stopping problems are not the reported ones, no
 problem is on both sides of a cut, pairs are packed and not judged one at a time, and nothing is pickled.
 """
-import json
 import math
+import os
+import random
+import statistics
 from pathlib import Path
 
 from sft import (Training, add_training_flags, apply_gradients, cosine_lr, encode_completion, encode_prompt, hidden_states,
-                 make_optimizers, open_model, open_tokenizer, pack, pick_device)
-from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, partial_path, positive, read_jsonl,
-                   run_stage, share, short, warm, write_json, write_jsonl)
+                 make_optimizers, open_model, open_pretrained, open_tokenizer, pack, pick_device)
+from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, may_grade, partial_path, positive, rate,
+                   read_jsonl, run_stage, share, short, warm, whole, write_json, write_jsonl)
+from tasks._judges import Endpoint, ask_person, average_orders
+from tasks._memory import attempts, check_memory
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -54,12 +59,6 @@ def probabilities(model, sequences, args, device):
     return probs.tolist()
 
 
-def average_orders(prob_b_ab, prob_b_ba):
-    """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2): position bias cancels, and the
-    inner brackets make it cancel exactly."""
-    return (1 + (prob_b_ab - prob_b_ba)) / 2
-
-
 # ---------------------------------------------------------------- train
 def make_pairs(task, samples, seed, wrong_per_problem=1):
     """Training pairs (better, worse) of each problem, the rule of the release's generate_evaluator_data.py.
@@ -69,37 +68,39 @@ def make_pairs(task, samples, seed, wrong_per_problem=1):
     checkpoint) over each of up to `wrong_per_problem` different incorrect ones; where no sample is correct, reference over
     them. Unlike the release's, samples that the task cannot parse are left out: they are all the first checkpoints of a
     small model write, and to tell them apart teaches nothing about answers.
-    Returns a list of {id, prompt, better, worse}; pairs of equal texts teach nothing and are left out.
+    A task may have a rule of its own. Returns a list of {id, prompt, better, worse}; equal texts make no pair.
     """
-    import random
-    problems = {}
-    warm(task, *samples)
+    problems, rngs = {}, {}
     for records in samples:
         for r in sorted(records, key=lambda r: r.get("sample", 0)):
             problems.setdefault(r["id"], []).append(r)
-    pairs = []
-    for id_, answers in problems.items():
-        rng = random.Random(dumps([seed, "pairs", id_]))
 
-        def draw(texts):
-            return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
-        gold = answers[0]["gold_completion"]
-        graded = [(r["completion"], task.grade(r)) for r in answers]
-        right = [text for text, grade in graded if grade == 1]
-        wrong = [text for text, grade in graded if grade != 1 and task.is_well_formed(text)]
-        drawn = [(gold, draw(right))] if right else []
-        for _ in range(wrong_per_problem):
-            if wrong:
-                drawn.append((draw(right + [gold]), draw(wrong)))
-                wrong = [text for text in wrong if text != drawn[-1][1]]
-        pairs += [{"id": id_, "prompt": answers[0]["prompt"], "better": better, "worse": worse}
-                  for better, worse in drawn if better != worse]
-    return pairs
+    def draw(id_, texts):
+        rng = rngs.setdefault(id_, random.Random(dumps([seed, "pairs", id_])))
+        return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
+
+    if hasattr(task, "judge_pairs"):
+        drawn = task.judge_pairs(problems, draw)
+    else:
+        drawn = []
+        warm(task, *samples)
+        for id_, answers in problems.items():
+            gold = answers[0]["gold_completion"]
+            graded = [(r["completion"], task.grade(r)) for r in answers]
+            right = [text for text, grade in graded if grade == 1]
+            wrong = [text for text, grade in graded if grade != 1 and task.is_well_formed(text)]
+            if right:
+                drawn.append((id_, gold, draw(id_, right)))
+            for _ in range(wrong_per_problem):
+                if wrong:
+                    drawn.append((id_, draw(id_, right + [gold]), draw(id_, wrong)))
+                    wrong = [text for text in wrong if text != drawn[-1][2]]
+    return [{"id": id_, "prompt": problems[id_][0]["prompt"], "better": better, "worse": worse}
+            for id_, better, worse in drawn if better != worse]
 
 
 def three_splits(pairs, seed):
     """(train 80%, stop 10%, test 10%) of the pairs, cut by problem."""
-    import random
     ids = sorted({p["id"] for p in pairs}, key=dumps)
     random.Random(dumps([seed, "splits"])).shuffle(ids)
     a, b = len(ids) * 8 // 10, len(ids) * 9 // 10
@@ -145,7 +146,7 @@ def train(args):
     from tqdm import tqdm
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    tokenizer = open_tokenizer(args.model)
+    tokenizer = open_tokenizer(args.model, args.chat_template)
     model = open_model(args.model, device, "AutoModelForSequenceClassification", num_labels=2)
     model.config.id2label, model.config.label2id = {0: "keep A", 1: "change to B"}, {"keep A": 0, "change to B": 1}
     if model.config.pad_token_id is None:
@@ -156,6 +157,7 @@ def train(args):
     model.train()
     examples, stopping, reported = [both_orders(tokenizer, s) for s in splits]
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    check_memory(model, optimizers, args, device, 0)
     training = Training(folder, model, optimizers, args.state_every)
     best, history = training.state.get("best", math.inf), training.state.get("history", [])
     reached = training.state.get("reached", False)
@@ -171,13 +173,15 @@ def train(args):
         for k in range(done % steps_per_epoch, steps_per_epoch):
             batch = [examples[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
             classes = torch.tensor([c for _, c in batch], device=device)
-            loss = 0.0
-            for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device):
-                owner, logits = judge_logits(model, micro)
-                # ABLATION: the judge's loss
-                micro_loss = torch.nn.functional.cross_entropy(logits, classes[owner], reduction="sum") / len(batch)
-                micro_loss.backward()
-                loss += micro_loss.item()
+            for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
+                with attempt:
+                    loss = 0.0
+                    for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device):
+                        owner, logits = judge_logits(model, micro)
+                        # ABLATION: the judge's loss
+                        micro_loss = torch.nn.functional.cross_entropy(logits, classes[owner], reduction="sum") / len(batch)
+                        micro_loss.backward()
+                        loss += micro_loss.item()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr")
             lr = args.lr * cosine_lr(done, total, args.warmup)
@@ -215,6 +219,46 @@ def train(args):
 
 
 # ---------------------------------------------------------------- score
+def embed(args, texts):
+    """{text: embedding} by --embedder: an endpoint, or the mean of a local model's last hidden states over a text's tokens."""
+    import torch
+    if args.embedder.startswith(("http://", "https://")):
+        model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
+        return {t: torch.tensor(v) for t, v in Endpoint(args.embedder, model, "ILR_EMBEDDER").embeddings(texts).items()}
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+    device, found = pick_device(args.device), {}
+    tokenizer = open_pretrained(AutoTokenizer, args.embedder)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = open_model(args.embedder, device, "AutoModel").eval()
+    texts = sorted(texts, key=lambda t: (len(t), t))
+    for start in tqdm(range(0, len(texts), 64), desc=f"embed {short(args.out)}", unit="batch", mininterval=1, leave=False):
+        block = texts[start:start + 64]
+        batch = tokenizer([t or " " for t in block], padding=True, padding_side="right", truncation=True,
+                          max_length=min(tokenizer.model_max_length, 1024), return_tensors="pt").to(device)
+        with torch.inference_mode():
+            hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        found.update(zip(block, ((hidden * mask).sum(1) / mask.sum(1)).cpu()))
+    return found
+
+
+def agreements(args, task, pairs):
+    """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
+    equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
+    if hasattr(task, "agree"):
+        warm(task, *zip(*pairs))
+        return [task.agree(a, b) for a, b in pairs]
+    if not args.embedder:
+        raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
+    import torch
+    vectors = embed(args, sorted({r["completion"] for pair in pairs for r in pair}))
+    alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
+    median = statistics.median(alike)
+    return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
+
+
 def make_comparisons(args, task):
     """One comparison per id of --a and --b, or per two consecutive samples of a prompt in --a."""
     rows = []
@@ -225,16 +269,14 @@ def make_comparisons(args, task):
                 if r["id"] in proposals:
                     raise InputError(f"{path}: id {r['id']} stands already in another file of --b")
                 proposals[r["id"]] = r
-        labels = read_jsonl(args.a, ("id", "prompt", "completion"))
-        warm(task, labels, proposals.values())
-        for a in labels:
+        pairs = []
+        for a in read_jsonl(args.a, ("id", "prompt", "completion")):
             if a["id"] not in proposals:
                 raise InputError(f"{' '.join(args.b)}: id {a['id']} of {args.a} is missing")
-            b = proposals.pop(a["id"])
-            rows.append(({"id": a["id"]}, a, b, task.agree(a, b)))
+            pairs.append((a, proposals.pop(a["id"])))
         if proposals:
             raise InputError(f"{' '.join(args.b)}: id {next(iter(proposals))} is not in {args.a}")
-        return rows
+        return [({"id": a["id"]}, a, b, same) for (a, b), same in zip(pairs, agreements(args, task, pairs))]
     samples = {}
     for r in read_jsonl(args.a, ("id", "prompt", "completion", "sample"), ("id", "sample")):
         samples.setdefault(r["id"], []).append(r)
@@ -252,14 +294,23 @@ def score(args):
     folder = partial_path(args.out, vars(args), [args.a, *(args.b or []), args.judge])
     rows = make_comparisons(args, task)
     asked = [i for i, row in enumerate(rows) if not row[3]]
+    results, more = {}, {}
     if args.judge == "oracle":
-        results = {}
         warm(task, *([rows[i][side] for i in asked] for side in (1, 2)))
         for i in asked:
             _, a, b, _ = rows[i]
             a, b = task.grade(a), task.grade(b)
             p = 0.5 if a == b else float(b > a)
             results[i] = (p, 1 - p)
+    elif args.judge == "human":
+        random.Random(dumps([args.seed, "human"])).shuffle(asked)
+        log = BatchLog(folder, [1] * len(asked))
+        ask_person([(i, *texts(rows[i])) for i in asked], log, args.seconds_per_pair, args.seed)
+        results = {i: (ab, ba) for i, ab, ba, _, _ in log.results}
+        more = {i: {"seconds": seconds, "shown": order} for i, _, _, seconds, order in log.results}
+    elif args.judge.startswith(("http://", "https://")):
+        endpoint = Endpoint(args.judge, args.judge_model or os.environ.get("ILR_JUDGE_MODEL"), "ILR_JUDGE")
+        results = dict(zip(asked, endpoint.preferences([texts(rows[i]) for i in asked])))
     else:
         results = ask_model(args, rows, asked, folder)
 
@@ -269,7 +320,7 @@ def score(args):
         comparisons.append({**key, "prompt": a["prompt"], "completion_a": a["completion"], "completion_b": b["completion"],
                             **fields_for_grading(task, a),
                             "agree": agree, "prob_b_ab": ab, "prob_b_ba": ba,
-                            "prob_b": None if agree else average_orders(ab, ba)})
+                            "prob_b": None if agree else average_orders(ab, ba), **more.get(i, {})})
     result = measure(task, comparisons)
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, comparisons)
@@ -279,18 +330,23 @@ def score(args):
                                                    "side" if result.get("decisive") else ""))
 
 
+def texts(row):
+    _, a, b, _ = row
+    return a["prompt"], a["completion"], b["completion"]
+
+
 def ask_model(args, rows, asked, folder):
     """{row: (prob_b_ab, prob_b_ba)} from a judge folder, batched by length."""
     from tqdm import tqdm
     if not (Path(args.judge) / "judge.json").exists():
-        raise InputError(f"--judge {args.judge}: neither oracle nor a folder that `compare.py train` wrote")
+        raise InputError(f"--judge {args.judge}: neither oracle, human, a URL nor a folder that `compare.py train` wrote")
     device = pick_device(args.device)
-    tokenizer = open_tokenizer(args.judge)
+    tokenizer = open_tokenizer(args.judge, args.chat_template)
     model = open_model(args.judge, device, "AutoModelForSequenceClassification").eval()
     sequences = {}
     for i in asked:
-        _, a, b, _ = rows[i]
-        sequences[i] = [encode_pair(tokenizer, a["prompt"], x["completion"], y["completion"]) for x, y in ((a, b), (b, a))]
+        prompt, a, b = texts(rows[i])
+        sequences[i] = [encode_pair(tokenizer, prompt, a, b), encode_pair(tokenizer, prompt, b, a)]
     asked = sorted(asked, key=lambda i: (-len(sequences[i][0]), i))
     batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
     log = BatchLog(folder, [len(b) for b in batches])
@@ -314,9 +370,9 @@ def measure(task, comparisons):
     if asked:
         result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
         result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
-    if asked and all("reference" in c for c in asked):
-        warm(task, *([{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")))
-        graded = [(c["prob_b"], *(task.grade({**c, "completion": c[k]}) for k in ("completion_a", "completion_b"))) for c in asked]
+    sides = [[{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")]
+    if asked and may_grade(task, *sides):
+        graded = [(c["prob_b"], task.grade(a), task.grade(b)) for c, a, b in zip(asked, *sides)]
         decisive = [0.5 if p == 0.5 else float((p > 0.5) == (b > a)) for p, a, b in graded if a != b]
         result.update(decisive=len(decisive), accuracy=sum(decisive) / len(decisive) if decisive else None)
     return result
@@ -342,7 +398,11 @@ def parser():
     add_training_flags(t, lr=1e-6, batch_size=16, epochs=5)
     s = commands.add_parser("score", help="two completions of each problem -> comparisons", description=__doc__,
                             formatter_class=p.formatter_class)
-    s.add_argument("--judge", required=True, help="folder of a trained judge, or oracle")
+    s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, human, or an OpenAI-compatible endpoint's URL")
+    s.add_argument("--judge-model", help="model behind the URL (default: ILR_JUDGE_MODEL; the key: ILR_JUDGE_KEY)")
+    s.add_argument("--seconds-per-pair", type=rate, default=60, help="for human: a pair without an answer by then counts as 0.5")
+    s.add_argument("--seed", type=whole, default=0, help="for human: of the order of the pairs and of A and B")
+    s.add_argument("--embedder", help="for tasks that compare answers by embeddings: folder or hub name of a model, or an endpoint's URL")
     s.add_argument("--task", required=True)
     s.add_argument("--a", required=True, help="records: the present completions (or samples)")
     s.add_argument("--b", nargs="+", help="records: the proposed completions; left out, --a's samples are paired two by two")
@@ -350,6 +410,7 @@ def parser():
     s.add_argument("--batch-size", type=positive, default=256, help="pairs appended together")
     s.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
     s.add_argument("--micro-tokens", type=positive, default=16384, help="tokens per forward pass")
+    s.add_argument("--chat-template", action="store_true", help="prompts in the judge's own chat format, as it was trained")
     s.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     return p
 

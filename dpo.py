@@ -11,9 +11,10 @@ Unlike the paper's release: a loop of its own instead of TRL's trainer, and pair
 """
 import math
 
-from sft import (Training, add_lora, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
+from sft import (Training, add_lora, add_lora_flags, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
                  encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device, save_model)
-from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short, whole
+from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short
+from tasks._memory import attempts, check_memory
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
@@ -78,6 +79,8 @@ def reference_logps(model, pairs, args, device, path):
 
 
 def main(args):
+    if args.load_in_4bit and not args.lora_rank:
+        raise InputError("--load-in-4bit goes with --lora-rank: weights in 4 bits cannot be trained")
     folder = partial_path(args.out, vars(args), [p for p in (args.data, args.model, args.reference) if p])
     records = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
 
@@ -86,7 +89,7 @@ def main(args):
     from tqdm import tqdm
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    tokenizer = open_tokenizer(args.model)
+    tokenizer = open_tokenizer(args.model, args.chat_template)
     pairs = []
     for r in records:
         prompt = encode_prompt(tokenizer, r["prompt"])
@@ -98,18 +101,20 @@ def main(args):
     if not pairs:
         raise InputError(f"{args.data}: no pair fits --max-length {args.max_length}")
 
-    model = open_model(args.reference or args.model, device)
+    model = open_model(args.reference or args.model, device, load_in_4bit=args.load_in_4bit)
     folder.mkdir(parents=True, exist_ok=True)
     reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl").to(device)
     if args.reference:
         del model
-        model = open_model(args.model, device)
+        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit)
     if args.lora_rank:
         add_lora(model, args.lora_rank)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    sides = [s for pair in pairs for s in pair]
+    check_memory(model, optimizers, args, device, sum(sum(w) for _, w in sides) / sum(len(ids) for ids, _ in sides))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
@@ -119,17 +124,19 @@ def main(args):
         order = np.random.default_rng([args.seed, epoch]).permutation(len(pairs))
         for k in range(done % steps_per_epoch, steps_per_epoch):
             chosen_ones = order[k * args.batch_size:(k + 1) * args.batch_size]
-            n, metrics = len(chosen_ones), torch.zeros(7, device=device)
-            for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
-                logps = sequence_logps(model, micro, 2 * len(indices))
-                policy_chosen, policy_rejected = logps[:len(indices)], logps[len(indices):]
-                ref = reference[torch.as_tensor(chosen_ones[indices.start:indices.stop], device=device)]
-                losses, rewards_chosen, rewards_rejected = dpo_loss(policy_chosen, policy_rejected, ref[:, 0], ref[:, 1], args.beta)
-                (losses.sum() / n).backward()
-                with torch.no_grad():
-                    margins = rewards_chosen - rewards_rejected
-                    metrics += torch.stack([x.float().sum() / n for x in (
-                        losses, rewards_chosen, rewards_rejected, margins > 0, margins, policy_chosen, policy_rejected)])
+            for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
+                with attempt:
+                    n, metrics = len(chosen_ones), torch.zeros(7, device=device)
+                    for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
+                        logps = sequence_logps(model, micro, 2 * len(indices))
+                        policy_chosen, policy_rejected = logps[:len(indices)], logps[len(indices):]
+                        ref = reference[torch.as_tensor(chosen_ones[indices.start:indices.stop], device=device)]
+                        losses, rewards_chosen, rewards_rejected = dpo_loss(policy_chosen, policy_rejected, ref[:, 0], ref[:, 1], args.beta)
+                        (losses.sum() / n).backward()
+                        with torch.no_grad():
+                            margins = rewards_chosen - rewards_rejected
+                            metrics += torch.stack([x.float().sum() / n for x in (
+                                losses, rewards_chosen, rewards_rejected, margins > 0, margins, policy_chosen, policy_rejected)])
             names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
                      "logps/chosen", "logps/rejected")
             row = dict(zip(names, metrics.tolist()))
@@ -157,7 +164,7 @@ def parser():
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--beta", type=rate, default=0.1, help="strength of the pull towards the reference")
     p.add_argument("--max-length", type=positive, default=2048, help="tokens of prompt and completion; longer pairs are left out")
-    p.add_argument("--lora-rank", type=whole, default=0, help="train adapters of this rank, merged on saving (0: every weight)")
+    add_lora_flags(p)
     add_training_flags(p, lr=1e-6, batch_size=32, epochs=2)
     return p
 

@@ -18,7 +18,7 @@ import platform
 import subprocess
 from pathlib import Path
 
-from tasks import (InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, write_json, write_jsonl,
+from tasks import (TASKS, InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, write_json, write_jsonl,
                    write_text)
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")     # settings that add work and change none
@@ -61,7 +61,11 @@ def grade(args):
         write_jsonl(args.out, graded)
     mean = sum(r["correct"] for r in graded) / len(graded)
     low, high = wilson(mean, len(graded))
-    print(f"{args.data}: {mean:.1%} correct of {len(graded)}, 95% interval {low:.1%} to {high:.1%}")
+    by_category = {}
+    for r in graded:
+        by_category.setdefault(str(r.get("category") or ""), []).append(r["correct"])
+    print(f"{args.data}: {getattr(task, 'METRIC', 'accuracy')} {mean:.1%} of {len(graded)}, 95% interval {low:.1%} to {high:.1%}"
+          + "".join(f"; {name} {sum(v) / len(v):.1%} of {len(v)}" for name, v in sorted(by_category.items()) if name))
 
 
 def pick(args):
@@ -188,7 +192,7 @@ def cell(by_seed, n=0):
 
 
 def paired(tests, a, b):
-    """Difference a - b of two points per seed, in points of accuracy: ("mean ± half width", "per seed", mean, whether
+    """Difference a - b of two points per seed, in points: ("mean ± half width", "per seed", mean, whether
     the interval excludes 0, None for a single seed); None where no seed has both."""
     first, second = seed_means(tests.get(a, {})), seed_means(tests.get(b, {}))
     differences = [100 * (first[s] - second[s]) for s in first if s in second]
@@ -211,15 +215,20 @@ def average(by_seed, key, percent=True):
     return f"{100 * mean:.1f}" if percent else f"{mean:,.0f}"
 
 
+def metric_of(settings):
+    return getattr(get_task(settings["TASK"]), "METRIC", "accuracy") if settings.get("TASK") in TASKS else "accuracy"
+
+
 def write_report(run, data, times, settings):
     tests, n, seeds = data["tests"], data["n_test"], data["seeds"]
     methods = methods_of(data)
     most = max((max(points_of(data, m)) for m in methods), default=0)
+    metric = metric_of(settings)
     retrains = max((len(v) for by_seed in tests.values() for v in by_seed.values()), default=0)
     interval = ("± is Student's 95% interval over the seeds" if len(seeds) > 1 else
                 "brackets: Wilson's 95% interval over problems, blind to seeds and retrains")
     text = [f"# {settings.get('TASK', run.name)}: ILR and DPO under unreliable supervision\n",
-            f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. Accuracy in percent on {n:,} "
+            f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. {metric.capitalize()} in percent on {n:,} "
             f"{settings.get('EVAL', 'test')} problems a seed, mean of up to {retrains} retrains a point; {interval}.\n"]
     verdicts = {None: "", True: " The interval excludes 0.", False: " The interval includes 0: not established."}
     last = {m: list(points_of(data, m).values())[-1] for m in methods}
@@ -237,13 +246,13 @@ def write_report(run, data, times, settings):
         for p, what in ((last["dpo"], "its last round"), (best, f"its best round on these problems, {best[4:]}, a choice in DPO's favor")):
             if found := paired(tests, last["ilr"], p):
                 text.append(f"- ILR's last round minus DPO's ({what}): {found[0]} points.{verdicts[found[3]]}")
-    text += ["\n## Accuracy by round\n",
+    text += [f"\n## {metric.capitalize()} by round\n",
              table(["method", "SFT", *(f"round {k}" for k in range(1, most + 1))],
                    [[m.upper(), *(cell(tests[p], n) if (p := points_of(data, m).get(k)) else "" for k in range(most + 1))]
                     for m in methods]),
-             table(["beside it", "accuracy"], [[name, cell(tests[p], n)] for p, name in (
+             table(["beside it", metric], [[name, cell(tests[p], n)] for p, name in (
                  ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
-             "![accuracy per round](test_accuracy.png)\n"]
+             f"![{metric} per round](test_accuracy.png)\n"]
     if series := labels_of(data, methods):
         text += ["## Label accuracy by round\n",
                  table(["", *(f"round {k}" for k in range(1 + max(map(max, series.values()))))],
@@ -313,8 +322,8 @@ def report(args):
     settings = load_json(run / "config.json").get("settings", {})
     seeds = f"mean, 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
     methods = methods_of(data)
-    split = settings.get("EVAL", "test")
-    draw(run / "test_accuracy.png", f"{split.capitalize()} accuracy per round ({seeds})", f"{split} accuracy (%)",
+    split, metric = settings.get("EVAL", "test"), metric_of(settings)
+    draw(run / "test_accuracy.png", f"{split.capitalize()} {metric} per round ({seeds})", f"{split} {metric} (%)",
          [(m.upper(), STYLES.get(m, STYLES_ELSE), {k: data["tests"][p] for k, p in points_of(data, m).items()}) for m in methods]
          or [("SFT", STYLES["ilr"], {0: data["tests"]["sft"]} if "sft" in data["tests"] else {})],
          [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
@@ -324,7 +333,7 @@ def report(args):
     write_report(run, data, times, settings)
     write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
     print((run / "report.md").read_text().partition("## Label")[0])
-    print(f"{run}/report.md, report.json, test_accuracy.png, label_accuracy.png")
+    print(f"{run}/report.md, report.json, test_accuracy.png" + (", label_accuracy.png" if series else ""))
 
 
 def main(args):

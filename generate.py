@@ -150,8 +150,8 @@ def generate_file(args, model_path, data, out, half):
     import torch
     from tqdm import tqdm
     device = pick_device(args.device)
-    tokenizer = open_tokenizer(model_path)
-    model = open_model(model_path, device).eval()
+    tokenizer = open_tokenizer(model_path, args.chat_template)
+    model = open_model(model_path, device, load_in_4bit=args.load_in_4bit).eval()
     prompts = [encode_prompt(tokenizer, r["prompt"]) for r in records]
     for r, prompt in zip(records, prompts):
         if not prompt:
@@ -169,7 +169,8 @@ def generate_file(args, model_path, data, out, half):
                 answers = decode_beams(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.num_beams)
             else:
                 uniforms = None if args.temperature == 0 else torch.tensor(
-                    [sample_uniforms(args.seed, records[i]["id"], s, args.max_new_tokens).tolist() for i, s in batch],
+                    [sample_uniforms([args.seed, args.round] if args.round else args.seed, records[i]["id"], s,
+                                     args.max_new_tokens).tolist() for i, s in batch],
                     device=device)
                 answers = decode(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.temperature, uniforms)
             texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
@@ -216,9 +217,11 @@ def parser():
     p.add_argument("--batch-size", type=positive, default=256, help="rows decoded together")
     p.add_argument("--seed", type=whole, default=0, help="of the sampling noise, and of the halves")
     p.add_argument("--half", type=int, nargs="+", choices=[1, 2], help="answer the records of one cross-labelling half only")
-    p.add_argument("--round", type=whole, default=0, help="refinement round, for --half")
+    p.add_argument("--round", type=whole, default=0, help="refinement round: another one has other halves and other noise")
     p.add_argument("--source", default="model", help="what the records' `source` says")
     p.add_argument("--limit", type=whole, default=0, help="only the first N records (0: all)")
+    p.add_argument("--load-in-4bit", action="store_true", help="the model's linear layers in 4 bits (NF4), to save memory")
+    p.add_argument("--chat-template", action="store_true", help="prompts in the model's own chat format instead of plain text")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
     return p
 

@@ -19,7 +19,7 @@ import math
 import random
 from fractions import Fraction
 
-from tasks import (InputError, dumps, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, whole,
+from tasks import (InputError, dumps, get_task, make_parser, may_grade, read_jsonl, refuse_existing, run_stage, share, warm, whole,
                    write_json, write_jsonl)
 
 JUDGED = "id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b_ab", "prob_b_ba", "prob_b"
@@ -75,8 +75,7 @@ def measure(task, before, after):
     replaced = [(a, b) for a, b in zip(before, after) if b["accepted"]]
     result = {"kept": len(replaced), "share_of_all": len(replaced) / len(after),
               "asked": asked, "share_of_asked": len(replaced) / asked if asked else None}
-    if all("reference" in r for r in after):
-        warm(task, before, after)
+    if may_grade(task, before, after):
         better = sum(task.grade(b) > task.grade(a) for a, b in replaced)
         worse = sum(task.grade(b) < task.grade(a) for a, b in replaced)
         result.update(correct_before=sum(map(task.grade, before)) / len(before),
@@ -109,11 +108,11 @@ def main(args):
             raise InputError(f"{args.comparisons}: the judge prefers neither side in any of the {len(comparisons)} pairs")
         result = {"kept": len(pairs), "share_of_all": len(pairs) / len(comparisons)}
         text = f"{args.out}: {len(pairs)} of {len(comparisons)} pairs kept ({len(pairs) / len(comparisons):.1%})"
-        if all("reference" in p for p in pairs):
-            warm(task, *([{**p, "completion": p[k]} for p in pairs] for k in ("chosen", "rejected")))
-            sides = [[task.grade({**p, "completion": p[k]}) for k in ("chosen", "rejected")] for p in pairs]
-            chosen, rejected = (sum(side) / len(sides) for side in zip(*sides))
-            result.update(chosen_correct=chosen, rejected_correct=rejected, precision=sum(c > r for c, r in sides) / len(sides))
+        sides = [[{**p, "completion": p[k]} for p in pairs] for k in ("chosen", "rejected")]
+        if may_grade(task, *sides):
+            grades = [(task.grade(c), task.grade(r)) for c, r in zip(*sides)]
+            chosen, rejected = (sum(side) / len(pairs) for side in zip(*grades))
+            result.update(chosen_correct=chosen, rejected_correct=rejected, precision=sum(c > r for c, r in grades) / len(pairs))
             text += f"; chosen correct {chosen:.1%}, rejected correct {rejected:.1%}"
         write_json(f"{args.out}.summary", result)
         write_jsonl(args.out, pairs)
@@ -122,7 +121,7 @@ def main(args):
     labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion", *(["reference"] if args.method == "clean" else [])))
     if args.method == "clean":
         warm(task, labels)
-        right = [r for r in labels if task.grade(r) == 1]
+        right = [r for r in labels if task.grade(r) > 0.5]
         if not right:
             raise InputError(f"{args.labels}: none of its {len(labels)} labels is right")
         write_jsonl(args.out, right)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Iterative label refinement and DPO under unreliable supervision, from data to report.
 #
-#   bash run_ilr.sh [TASK]        TASK=arithmetic (default; two CPU cores, minutes) or gsm8k, bird (the paper's models, GPU)
+#   bash run_ilr.sh [TASK]        TASK=arithmetic (default; two CPU cores, minutes), or the paper's tasks and models (GPU):
+#                                 gsm8k, bird, saferpaca, gsm8k-70b
 #   bash run_ilr.sh --help        the variables that override
 #   bash run_ilr.sh --dry-run     print every stage's command, in order, and run none
 #
@@ -21,8 +22,9 @@ for word in "$@"; do
 done
 
 # ---------------------------------------------------------------- settings: each may be overridden by the environment
-TASK=${TASK:-arithmetic}          # a file of tasks/
-OUT=${OUT:-runs/$TASK}            # the run folder
+TASK=${TASK:-arithmetic}          # a file of tasks/, or gsm8k-70b
+PRESET=$TASK TASK=${TASK/#gsm8k-70b/gsm8k}
+OUT=${OUT:-runs/$PRESET}          # the run folder
 SEEDS=${SEEDS:-0}                 # data seeds, one after the other
 METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive (ILR that replaces a random share, without a judge)
 ROUNDS=${ROUNDS:-3}
@@ -31,8 +33,13 @@ EVAL=${EVAL:-test}                # test, or validation while choosing settings
 ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may replace
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
-JUDGE=${JUDGE:-trained}           # trained, or oracle
+JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
+JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
+SECONDS_PER_PAIR=${SECONDS_PER_PAIR:-60}   # what a person has for each answer
+case $PRESET in bird|gsm8k-70b) LORA_RANK=${LORA_RANK:-64} LOAD_IN_4BIT=${LOAD_IN_4BIT:-1} ;; esac    # 70B on one GPU
 LORA_RANK=${LORA_RANK:-0}         # of SFT and DPO; 0 trains every weight
+LOAD_IN_4BIT=${LOAD_IN_4BIT:-0}   # 1: the strong model in 4 bits
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-0} # 1: both models are chat models and get their own prompt format
 CLEAN_START=${CLEAN_START:-0}     # 1: SFT and ILR start from the unreliable labels that are right
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
@@ -54,39 +61,43 @@ case $TASK in
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
     OWN="PRETRAIN PRETRAIN_WEAK" PREPARE=() EVALS="test|validation"
-    JUDGING="--micro-tokens 1024" PREFERRING="" PROPOSING=""
+    JUDGING="--micro-tokens 1024" PREFERRING="" PROPOSING="" LABELING=""
     DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
-  gsm8k|bird) # the paper's models and numbers; LORA_RANK=64 is the paper's, the learning rates of full finetuning are untried
-    case $TASK in
-      gsm8k) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
-        EVALS="test|validation|platinum" ;;
-      bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B}
-        EVALS="test" ;;
+  gsm8k|bird|saferpaca) # the paper's models and numbers; LORA_RANK=64 is the paper's, the learning rates of full finetuning are untried
+    OWN="DATA_DIR PACKING DECODING" EPOCHS=2 TOKENS=256 PROPOSING="--num-beams 4" LABELING="" EVALS="test" WEAK_LORA_LR=5e-4
+    case $PRESET in
+      gsm8k*) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} EVALS="test|validation|platinum" ;;
+      bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;;
+      saferpaca) TRAIN=${TRAIN:-20000} GT=${GT:-0} TEST=${TEST:-578} EPOCHS=4 TOKENS=512 PROPOSING="--temperature 1.0" LABELING=$PROPOSING
+        OWN+=" EMBEDDER ILR_JUDGE_URL ILR_JUDGE_MODEL" ILR_JUDGE_URL=${ILR_JUDGE_URL:-} ILR_JUDGE_MODEL=${ILR_JUDGE_MODEL:-}
+        EMBEDDER=${EMBEDDER:-sentence-transformers/all-mpnet-base-v2} ;;     # the paper's is an endpoint's: https://api.openai.com/v1
     esac
-    if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-5e-4} SFT_LR=${SFT_LR:-1e-4}; fi
-    WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-2} WEAK_BATCH=${WEAK_BATCH:-32}
+    case $PRESET in *-70b) WEAK_LORA_LR=1e-4 WEAK_MODEL=${WEAK_MODEL:-mistralai/Mistral-7B-v0.1} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;; esac
+    if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-$WEAK_LORA_LR} SFT_LR=${SFT_LR:-1e-4}; fi
+    STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
+    WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-$EPOCHS} WEAK_BATCH=${WEAK_BATCH:-32}
     CHECKPOINTS=${CHECKPOINTS:-10 20 30 40 50 60 70 80 90} WEAK_ACCURACY=${WEAK_ACCURACY:-0}
-    SFT_EPOCHS=${SFT_EPOCHS:-2} SFT_BATCH=${SFT_BATCH:-32}
+    SFT_EPOCHS=${SFT_EPOCHS:-$EPOCHS} SFT_BATCH=${SFT_BATCH:-32}
     JUDGE_LR=${JUDGE_LR:-1e-6} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}
     JUDGE_WRONG=${JUDGE_WRONG:-1} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}
     DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
-    STATE_EVERY=${STATE_EVERY:-900} OWN="DATA_DIR PACKING" DATA_DIR=${DATA_DIR:-data/$TASK}
+    STATE_EVERY=${STATE_EVERY:-900} DATA_DIR=${DATA_DIR:-data/$TASK}
     PREPARE=(--data-dir "$DATA_DIR")
     case $EVAL in validation) PREPARE+=(--validation 500) ;; platinum) PREPARE+=(--platinum) ;; esac
     PACKING=${PACKING:---row-tokens 2048 --micro-tokens 4096 --gradient-checkpointing} JUDGING="" PREFERRING="--optimizer rmsprop8bit"
-    DECODING="--max-new-tokens 256 --batch-size 256" PROPOSING="--num-beams 4" SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
-  *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird" >&2; exit 2 ;;
+    DECODING=${DECODING:---max-new-tokens $TOKENS --batch-size 256} SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
+  *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird saferpaca gsm8k-70b" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK JUDGE CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
 
 if [ "${HELP:-0}" = 1 ]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0"
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
   echo; echo "Variables and their present values:"
-  for name in OUT $VARIABLES JOBS STATE_EVERY BASES PYTHON; do printf '  %-14s %s\n' "$name" "${!name}"; done
+  for name in OUT $VARIABLES JOBS STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
   exit
 fi
 check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anything is written
@@ -96,19 +107,25 @@ check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anyt
   done
 }
 check '[1-9]' 'a digit from 1 to 9' JOBS
-check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN GT TEST WEAK_EPOCHS WEAK_BATCH \
+check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY
-check '(trained|oracle)' 'trained or oracle' JUDGE
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY SECONDS_PER_PAIR
+check '(trained|oracle|human|https?://.+)' 'trained, oracle, human or a URL' JUDGE
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 check '(ilr|dpo|naive)( +(ilr|dpo|naive))*' 'some of ilr, dpo, naive' METHODS
-check '[01]' '0 or 1' CLEAN_START
-check '(0|[1-9][0-9]*)' 'a rank, or 0' LORA_RANK
+check '[01]' '0 or 1' CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE
+check '(0|[1-9][0-9]*)' 'a whole number' LORA_RANK GT
 [ "$TASK" != arithmetic ] || check '[1-9][0-9]*' 'a whole number above 0' $OWN
-TRAINING="$PACKING --state-every $STATE_EVERY"
+TRAINING="$PACKING --state-every $STATE_EVERY" LOADING="" ASKING=(${EMBEDDER:+--embedder "$EMBEDDER"} ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"})
+if [ "$LOAD_IN_4BIT" = 1 ]; then
+  check '[1-9].*' 'a rank above 0 with LOAD_IN_4BIT=1, whose weights cannot be trained' LORA_RANK
+  LOADING="--load-in-4bit"
+fi
+[ "$CHAT_TEMPLATE" = 0 ] || TRAINING+=" --chat-template" DECODING+=" --chat-template" SCORING+=" --chat-template"
+if [ "$JUDGE" = human ]; then JOBS=1 ASKING+=(--seconds-per-pair "$SECONDS_PER_PAIR"); fi     # who answers in the foreground
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 # ---------------------------------------------------------------- running stages
@@ -192,16 +209,17 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
 train() {      # train NAME OUT MODEL DATA LR EPOCHS BATCH FLAGS...
   local name=$1 out=$2 model=$3 records=$4 lr=$5 epochs=$6 batch=$7; shift 7
   stage "$name" "$out" "$PYTHON" sft.py --model "$model" --data "$records" --out "$out" --lr "$lr" --epochs "$epochs" \
-    --batch-size "$batch" --lora-rank "$LORA_RANK" $TRAINING "$@"
+    --batch-size "$batch" --lora-rank "$LORA_RANK" $TRAINING $LOADING "$@"
 }
 
 answer() {     # answer NAME DIR MODELS...: the test answers of a point's models, graded
   local name=$1 dir=$2 outs=() out k=0 _; shift 2
   for _ in "$@"; do k=$((k + 1)); outs+=("$dir/eval_$k.jsonl"); done
-  stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "$data/$EVAL.jsonl" --out "${outs[@]}" $DECODING
+  stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "$data/$EVAL.jsonl" --out "${outs[@]}" $DECODING $LOADING
   for out in "${outs[@]}"; do grade "$name/grade" "${out%.jsonl}"; done
 }
 
+grade_labels() { [ "$TASK" = saferpaca ] || grade "$1/grade_labels" "$2/labels"; }     # where grading costs nothing
 grade() { stage "$1" "$2.graded.jsonl" "$PYTHON" evaluate.py grade --task "$TASK" --data "$2.jsonl" --out "$2.graded.jsonl"; }
 
 strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on the same labels, and their test answers
@@ -214,36 +232,54 @@ strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on th
   answer "$name" "$dir" "${models[@]}"
 }
 
-weak_samples() {   # weak_samples 0|1: what every other one of the weak models answers to D_gt
+weak_samples() {   # weak_samples 0|1 SOURCE: what every other one of the weak models answers to D_gt
   local k models=() outs=()
   for ((k = $1; k < ${#samples[@]}; k += 2)); do models+=("${weak_models[k]}") outs+=("${samples[k]}"); done
   stage "$at/judge/sample_$1" "${outs[-1]}" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
-    --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source checkpoint $DECODING
+    --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source "$2" $DECODING
+}
+
+weak_model() {     # weak_model NAME OUT DATA FLAGS...
+  local name=$1 out=$2 records=$3; shift 3
+  train "$name" "$out" "$WEAK_MODEL" "$records" "$WEAK_LR" "$WEAK_EPOCHS" "$WEAK_BATCH" --seed "$seed" "$@"
 }
 
 weak_side() {      # unreliable demonstrations and the unreliable judge, both from D_gt
-  local labeler=$run/weak/model weak_models=() samples=() percent
-  for percent in $CHECKPOINTS; do
-    weak_models+=("$run/weak/model/checkpoint-$percent") samples+=("$run/judge/samples_$percent.jsonl")
-  done
-  weak_models+=("$run/weak/model") samples+=("$run/judge/samples_100.jsonl")
+  local labeler=$run/weak/model weak_models=() samples=() percent part LOADING=""
   weak_base
-  train "$at/weak/train" "$run/weak/model" "$WEAK_MODEL" "$data/gt.jsonl" "$WEAK_LR" "$WEAK_EPOCHS" "$WEAK_BATCH" \
-    --save-every 0.1 --seed "$seed"
-  lanes "weak_samples 0" "weak_samples 1"
+  weak_model "$at/weak/train" "$run/weak/model" "$data/gt.jsonl" --save-every 0.1
+  if [ "$JUDGE" != trained ] && [ "$WEAK_ACCURACY" = 0 ]; then :
+  elif [ "$TASK" = saferpaca ]; then     # its judge learns from weak models of one category each
+    for part in general safety; do
+      weak_model "$at/judge/train_$part" "$run/judge/$part" "$data/gt_$part.jsonl" --save-every 0.1
+    done
+    for percent in $CHECKPOINTS 100; do
+      for part in general safety; do
+        weak_models+=("$run/judge/$part/checkpoint-$percent") samples+=("$run/judge/samples_${part}_$percent.jsonl")
+        [ "$percent" != 100 ] || weak_models[-1]=$run/judge/$part
+      done
+    done
+    lanes "weak_samples 0 general" "weak_samples 1 safety"
+  else
+    for percent in $CHECKPOINTS; do
+      weak_models+=("$run/weak/model/checkpoint-$percent") samples+=("$run/judge/samples_$percent.jsonl")
+    done
+    weak_models+=("$run/weak/model") samples+=("$run/judge/samples_100.jsonl")
+    lanes "weak_samples 0 checkpoint" "weak_samples 1 checkpoint"
+  fi
   if [ "$WEAK_ACCURACY" != 0 ]; then
     labeler=$run/weak/labeler
     stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${samples[@]}" --models "${weak_models[@]}" \
       --accuracy "$WEAK_ACCURACY" --out "$labeler"
   fi
   stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
-    --out "$run/weak/labels.jsonl" --source weak $DECODING
-  grade "$at/weak/grade_labels" "$run/weak/labels"
+    --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $DECODING $LABELING
+  grade_labels "$at/weak" "$run/weak"
   if [ "$CLEAN_START" = 1 ]; then
     stage "$at/clean" "$start" "$PYTHON" refine.py --method clean --labels "$run/weak/labels.jsonl" --task "$TASK" --out "$start"
-    grade "$at/clean/grade_labels" "$run/clean/labels"
+    grade_labels "$at/clean" "$run/clean"
   fi
-  stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
+  [ "$JUDGE" != trained ] || stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
     --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $TRAINING $JUDGING
   LATER=10 answer "$at/weak" "$run/weak" "$labeler"
@@ -271,17 +307,17 @@ refined_labels() { # refined_labels ilr|naive: each round, cross-labelling by tw
     lanes "half_model 1" "half_model 2"
     stage "$name/propose" "$dir/proposals_2.jsonl" "$PYTHON" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
       --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
-      $DECODING $PROPOSING
+      $DECODING $PROPOSING $LOADING
     if [ $method = naive ]; then how=(--method naive --proposals "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --seed "$seed")
     else
       how=(--method $accept --comparisons "$dir/comparisons.jsonl")
       [ "$JUDGE" != trained ] || needs "$judge"
       stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
-        --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING
+        --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING "${ASKING[@]}"
     fi
     stage "$name/refine" "$dir/labels.jsonl" "$PYTHON" refine.py --labels "$labels" "${how[@]}" --task "$TASK" \
       --max-replace "$ALPHA" --round "$round" --out "$dir/labels.jsonl"
-    grade "$name/grade_labels" "$dir/labels"
+    grade_labels "$name" "$dir"
     labels=$dir/labels.jsonl
   done
 }
@@ -300,16 +336,16 @@ dpo_models() {     # each round: samples of the policy, comparison, the surest p
     name=$at/dpo_$round dir=$run/dpo_$round
     needs "$policy"
     stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature 0.7 \
-      --num-samples "$DPO_SAMPLES" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING
+      --num-samples "$DPO_SAMPLES" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING $LOADING
     [ "$JUDGE" != trained ] || needs "$judge"
     stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" \
-      --a "$dir/samples.jsonl" --out "$dir/comparisons.jsonl" $SCORING
+      --a "$dir/samples.jsonl" --out "$dir/comparisons.jsonl" $SCORING "${ASKING[@]}"
     stage "$name/pairs" "$dir/preferences.jsonl" "$PYTHON" refine.py --method pairs --comparisons "$dir/comparisons.jsonl" \
       --task "$TASK" --max-replace "$DPO_ALPHA" --seed "$seed" --out "$dir/preferences.jsonl"
     for ((r = 1; r <= RETRAINS; r++)); do
       stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
         --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
-        --lora-rank "$LORA_RANK" $TRAINING $PREFERRING
+        --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $LOADING
     done
     policy=$dir/model_1
   done

@@ -18,8 +18,9 @@ import math
 import time
 from pathlib import Path
 
-from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, rate, read_jsonl,
-                   run_stage, share, short, whole, write_text)
+from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, question_of, rate,
+                   read_jsonl, run_stage, share, short, whole, write_text)
+from tasks._memory import attempts, check_memory
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
@@ -40,18 +41,27 @@ def open_pretrained(auto_class, path, **kwargs):
         raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
 
 
-def open_tokenizer(path):
+def open_tokenizer(path, chat_template=False):
+    """The tokenizer of a folder. With `chat_template` its prompts become turns of a conversation, and its EOS the token that
+    ends a turn."""
     from transformers import AutoTokenizer
     tokenizer = open_pretrained(AutoTokenizer, path)
     gc.freeze()
     gc.enable()
+    tokenizer.as_chat = chat_template
+    if chat_template:
+        if not tokenizer.chat_template:
+            raise InputError(f"--chat-template: {path} has none; a base model gets the plain prompt format")
+        turns, added = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer.added_tokens_decoder
+        answer = tokenizer.apply_chat_template(turns, return_dict=False)[len(encode_prompt(tokenizer, "a")):]
+        tokenizer.eos_token = next((added[i].content for i in answer if i in added and added[i].special), tokenizer.eos_token)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: the tokenizer has no EOS token")
     return tokenizer
 
 
-def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
-    """The model of a folder in bf16 on CUDA and fp32 elsewhere."""
+def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **kwargs):
+    """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked."""
     import torch
     import transformers
     transformers.utils.logging.disable_progress_bar()
@@ -61,10 +71,28 @@ def open_model(path, device, auto="AutoModelForCausalLM", **kwargs):
                                   output_loading_info=True, **kwargs)
     if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
         raise InputError(f"{path}: a judge, not a language model")
-    missing = [name for name in info["missing_keys"] if not name.startswith("score.")]      # a new judge's head
+    missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
     if missing:
         raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    if load_in_4bit:
+        import bitsandbytes as bnb
+        for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
+            small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
+                                      quant_type="nf4", device="meta")
+            small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
+            small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
+            model.set_submodule(name, small)
     return model.to(device)
+
+
+def inner_linears(model, flag):
+    """[(name, linear layer)] of all linear layers but the head."""
+    import torch
+    found = [(name, layer) for name, layer in model.named_modules()
+             if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()]
+    if not found:
+        raise InputError(f"{flag}: the model has no linear layers")
+    return found
 
 
 def add_lora(model, rank):
@@ -81,23 +109,24 @@ def add_lora(model, rank):
             torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
 
         def forward(self, x):
-            return self.base(x) + (2 * (x.float() @ self.lora_A.T) @ self.lora_B.T).to(x.dtype)
+            return self.base(x) + 2 * (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
 
     model.requires_grad_(False)
-    linear = [(name, layer) for name, layer in model.named_modules()
-              if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()]
-    if not linear:
-        raise InputError("--lora-rank: the model has no linear layers to adapt")
-    for name, layer in linear:
+    for name, layer in inner_linears(model, "--lora-rank"):
         model.set_submodule(name, LoraLinear(layer))
 
 
 def save_model(model, tokenizer, folder):
-    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights."""
-    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items() if "lora_" not in name}
+    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights, 4-bit weights at full width."""
+    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+             if "lora_" not in name and ".weight." not in name}      # weight.absmax, ...: what 4 bits are read by
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            state[f"{name}.weight"] = (layer.base.weight + 2 * (layer.lora_B @ layer.lora_A)).to(layer.base.weight.dtype).detach()
+            weight, quantized = layer.base.weight.detach(), getattr(layer.base.weight, "quant_state", None)
+            if quantized is not None:
+                import bitsandbytes as bnb
+                weight = bnb.functional.dequantize_4bit(weight, quantized)
+            state[f"{name}.weight"] = (weight + 2 * (layer.lora_B @ layer.lora_A).detach()).to(weight.dtype).cpu()
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
@@ -107,8 +136,19 @@ def text_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
+def chat_prompt(tokenizer, question):
+    """Token ids of one question in the model's own chat format."""
+    spelled_out = any(t.special and t.content in question for t in tokenizer.added_tokens_decoder.values())
+    a, b = (tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+            for text in (["a", "b"] if spelled_out else [question] * 2))
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    return a[:at] + text_ids(tokenizer, question) + a[at + 1:] if spelled_out else a      # special tokens spelled out are text
+
+
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt, BOS first where the tokenizer has one: the same in training, generation and judging."""
+    if getattr(tokenizer, "as_chat", False):
+        return chat_prompt(tokenizer, question_of(prompt))
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + text_ids(tokenizer, prompt)
 
@@ -291,9 +331,15 @@ def add_training_flags(p, lr, batch_size, epochs):
     p.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
     p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass; lower it to save memory")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
+    p.add_argument("--chat-template", action="store_true", help="prompts in the model's own chat format instead of plain text")
     p.add_argument("--state-every", type=amount, default=300, help="seconds between resumable states")
     p.add_argument("--seed", type=whole, default=0, help="of the order of the data, which is the file's, shuffled")
     p.add_argument("--device", help="cuda, cpu, ... (default: cuda where there is one)")
+
+
+def add_lora_flags(p):
+    p.add_argument("--lora-rank", type=whole, default=0, help="train adapters of this rank, merged on saving (0: every weight)")
+    p.add_argument("--load-in-4bit", action="store_true", help="with --lora-rank: keep the frozen weights in 4 bits (NF4)")
 
 
 # ---------------------------------------------------------------- the stage
@@ -315,6 +361,8 @@ def select_records(args):
 def main(args):
     if bool(args.model) == bool(args.init_config) or bool(args.init_config) != bool(args.tokenizer):
         raise InputError("give either --model, or --init-config together with --tokenizer")
+    if args.load_in_4bit and not (args.lora_rank and args.model):
+        raise InputError("--load-in-4bit goes with --model and --lora-rank: weights in 4 bits cannot be trained")
     folder = partial_path(args.out, vars(args), [p for p in (args.data, args.model, args.init_config, args.tokenizer) if p])
     records = select_records(args)
 
@@ -323,9 +371,9 @@ def main(args):
     from tqdm import tqdm
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
-    tokenizer = open_tokenizer(args.model or args.tokenizer)
+    tokenizer = open_tokenizer(args.model or args.tokenizer, args.chat_template)
     if args.model:
-        model = open_model(args.model, device)
+        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit)
     else:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -340,19 +388,15 @@ def main(args):
         model.gradient_checkpointing_enable()
     model.train()
 
-    sequences, too_long = [], 0
-    for r in records:
-        prompt, completion = encode_prompt(tokenizer, r["prompt"]), encode_completion(tokenizer, r["completion"])
-        if len(prompt) + len(completion) > args.max_length:
-            too_long += 1
-        else:
-            sequences.append((prompt + completion, [args.prompt_weight] * len(prompt) + [1.0] * len(completion)))
-    if too_long:
-        print(f"{too_long} of {len(records)} records are longer than --max-length {args.max_length} and are left out")
+    encoded = [(encode_prompt(tokenizer, r["prompt"]), encode_completion(tokenizer, r["completion"])) for r in records]
+    sequences = [(p + c, [args.prompt_weight] * len(p) + [1.0] * len(c)) for p, c in encoded if len(p) + len(c) <= args.max_length]
+    if len(sequences) < len(records):
+        print(f"{len(records) - len(sequences)} of {len(records)} records are longer than --max-length {args.max_length} and left out")
     if not sequences:
         raise InputError(f"{args.data}: no record fits --max-length {args.max_length}")
 
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    check_memory(model, optimizers, args, device, sum(sum(w > 0 for w in s[1]) for s in sequences) / sum(len(s[0]) for s in sequences))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
     total = steps_per_epoch * args.epochs
@@ -366,13 +410,15 @@ def main(args):
         for k in range(done % steps_per_epoch, steps_per_epoch):
             batch = [sequences[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
             weight = sum(sum(w[1:]) for _, w in batch)
-            loss = 0.0
-            for micro in pack(batch, args.row_tokens, args.micro_tokens, device):
-                logps, weights, _ = completion_logps(model, micro)
-                # ABLATION: the SFT loss; dividing by the whole batch's weight makes micro-batches add up exactly
-                micro_loss = -(logps * weights).sum() / weight
-                micro_loss.backward()
-                loss += micro_loss.item()
+            for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
+                with attempt:
+                    loss = 0.0
+                    for micro in pack(batch, args.row_tokens, args.micro_tokens, device):
+                        logps, weights, _ = completion_logps(model, micro)
+                        # ABLATION: the SFT loss; dividing by the whole batch's weight makes micro-batches add up exactly
+                        micro_loss = -(logps * weights).sum() / weight
+                        micro_loss.backward()
+                        loss += micro_loss.item()
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr, or look for broken records")
             lr = args.lr * cosine_lr(done, total, args.warmup)
@@ -403,7 +449,7 @@ def parser():
     p.add_argument("--save-every", type=share, default=0, help="also keep checkpoints at these fractions of the run, e.g. 0.1")
     p.add_argument("--prompt-weight", type=amount, default=0.0, help="loss weight of prompt tokens (pretraining)")
     p.add_argument("--max-length", type=positive, default=2048, help="tokens; longer records are left out and counted")
-    p.add_argument("--lora-rank", type=whole, default=0, help="train adapters of this rank, merged on saving (0: every weight)")
+    add_lora_flags(p)
     add_training_flags(p, lr=1e-5, batch_size=32, epochs=2)
     return p
 

@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-TASKS = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem != "__init__")
+TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
 
 
 class InputError(Exception):
@@ -25,12 +25,15 @@ def get_task(name):
     """The module of one task. Its names:
 
     main(args)                    run as a command, writes train, gt, unlab, validation and test records
-    grade(record) -> float        1.0 if record["completion"] is right by record["reference"], else 0.0
-    agree(a, b) -> bool           two records' completions give the same answer
+    grade(record) -> float        1.0 if record["completion"] is right by record["reference"], else 0.0; or a probability
+    agree(a, b) -> bool           two records' completions give the same answer; without it, their embeddings are compared
     is_well_formed(text) -> bool  a completion that the task can parse
     MAX_PROMPT_TOKENS, MAX_NEW_TOKENS
     FIELDS                        optional: names of further fields that grade and agree read
     warm(records)                 optional: does side by side what grading these records will need
+    METRIC                        optional: what the mean grade is called, "accuracy" without it
+    COSTLY                        optional: True where grading costs money, and no stage grades but for what is asked of it
+    judge_pairs(problems, draw)   optional: its own rule for a judge's training pairs (compare.make_pairs)
     """
     if name not in TASKS:
         raise InputError(f"--task {name}: there is no tasks/{name}.py; choose from {', '.join(TASKS)}")
@@ -46,6 +49,19 @@ def warm(task, *files):
 def user_prompt(question):
     """The prompt of a question to a base model, as the paper's release has it (core/datasets.py)."""
     return f"USER:\n{question}\n\nASSISTANT:\n"
+
+
+def question_of(prompt):
+    """What `user_prompt` made a prompt of, for a chat model, whose template has roles of its own."""
+    return prompt.removeprefix("USER:\n").removesuffix("\n\nASSISTANT:\n").strip()
+
+
+def may_grade(task, *files):
+    """Whether a stage may grade these records for its summary: they have references, and it costs nothing. Warms the task."""
+    if getattr(task, "COSTLY", False) or not all("reference" in r for records in files for r in records):
+        return False
+    warm(task, *files)
+    return True
 
 
 def fields_for_grading(task, record):
@@ -147,6 +163,25 @@ def write_training(out, train, gt):
 
 def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def download(url, digest, file):
+    """The bytes behind a URL, with a progress bar. digest(bytes) must be true; `file` is what to get by hand instead."""
+    from urllib.request import urlopen
+    from tqdm import tqdm
+    chunks = []
+    try:
+        with urlopen(url, timeout=30) as reply, tqdm(total=int(reply.headers.get("Content-Length") or 0) or None, unit="B",
+                                                     unit_scale=True, desc=f"download {short(url)}") as bar:
+            while chunk := reply.read(1 << 16):
+                chunks.append(chunk)
+                bar.update(len(chunk))
+    except OSError as e:
+        raise InputError(f"{url}: {e}; put {file} into a folder and name it with --data-dir") from None
+    data = b"".join(chunks)
+    if not digest(data):
+        raise InputError(f"{url}: it is not the file that is expected here (its hash differs)")
+    return data
 
 
 # ---------------------------------------------------------------- unfinished work

@@ -17,7 +17,8 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_text, write_training
+from tasks import (InputError, download, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_text,
+                   write_training)
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 512, 256
 AUTHORS = "https://raw.githubusercontent.com/openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
@@ -76,24 +77,6 @@ def from_hub(split):
         print(f"{HUB[split][0]}: not from the hub ({type(e).__name__})")
 
 
-def from_authors(split):
-    """The text of the authors' JSONL of a split, checked by SHA-256."""
-    from urllib.request import urlopen
-    from tqdm import tqdm
-    url, chunks = f"{AUTHORS}{split}.jsonl", []
-    try:
-        with urlopen(url, timeout=30) as reply, tqdm(total=int(reply.headers.get("Content-Length") or 0) or None, unit="B",
-                                                     unit_scale=True, desc=f"download {split}.jsonl") as bar:
-            while chunk := reply.read(1 << 16):
-                chunks.append(chunk)
-                bar.update(len(chunk))
-    except OSError as e:
-        raise InputError(f"{url}: {e}; put {split}.jsonl into a folder and name it with --data-dir") from None
-    if hashlib.sha256(b"".join(chunks)).hexdigest() != SHA256[split]:
-        raise InputError(f"{url}: its SHA-256 is not {SHA256[split]}")
-    return b"".join(chunks).decode()
-
-
 def rows_of(split, folder):
     """The (question, answer) of a split, in the dataset's order."""
     path = folder / f"{split}.jsonl"
@@ -102,7 +85,8 @@ def rows_of(split, folder):
         if rows:
             write_jsonl(path, [{"question": r["question"], "answer": r["answer"]} for r in rows])
         elif split in SHA256:
-            write_text(path, from_authors(split))
+            write_text(path, download(f"{AUTHORS}{split}.jsonl", lambda data: hashlib.sha256(data).hexdigest() == SHA256[split],
+                                      path.name).decode())
         else:
             raise InputError(f"{path}: missing, and {HUB[split][0]} is out of reach (it needs a network and pyarrow)")
     return read_jsonl(path, ("question", "answer"), key=())

@@ -141,7 +141,7 @@ def test_records_go_through_the_stages(tmp_path, capsys):
                                                                for k, x in enumerate((r, labels[7]))])):
         write_jsonl(tmp_path / f"{name}.jsonl", records)
     run(evaluate, "grade", "--task", "bird", "--data", tmp_path / "l.jsonl")
-    assert "50.0% correct of 8" in capsys.readouterr().out
+    assert "accuracy 50.0% of 8" in capsys.readouterr().out
     run(compare, "score", "--judge", "oracle", "--task", "bird", "--a", tmp_path / "l.jsonl", "--b", tmp_path / "p.jsonl", "--out", tmp_path / "c.jsonl")
     run(refine, "--method", "oracle", "--labels", tmp_path / "l.jsonl", "--comparisons", tmp_path / "c.jsonl", "--task", "bird", "--out", tmp_path / "l2.jsonl")
     refined = rows(tmp_path / "l2.jsonl")

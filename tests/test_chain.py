@@ -1,4 +1,5 @@
 """The whole chain by run_ilr.sh, at a size that means nothing and takes a minute."""
+import importlib
 import json
 import shlex
 import shutil
@@ -140,6 +141,51 @@ def test_supervision_quality_and_naive_ilr(finished, tmp_path):
     assert "| NAIVE's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
 
 
+def check_order(commands, folder):
+    """What the commands write, in an order in which whatever one of them reads in `folder` was written before; and all their
+    flags are ones that the stages have."""
+    made = []
+    for line in commands:
+        words = shlex.split(line)
+        stage = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
+        stage.parser().parse_args(words[2:])
+        first = words.index("--out") + 1
+        outs = words[first:next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))]
+        for word in words:
+            if word.startswith(str(folder)) and word not in outs:
+                assert any(word == path or word.startswith(path + "/") for path in made), line
+        made += outs
+    return made
+
+
+@pytest.mark.parametrize("preset", ["gsm8k", "bird", "saferpaca", "gsm8k-70b"])
+@pytest.mark.parametrize("settings", [{}, {"LORA_RANK": 64, "LOAD_IN_4BIT": 1, "CHAT_TEMPLATE": 1}, {"JUDGE": "http://h/v1", "JUDGE_MODEL": "small"},
+                                      {"JUDGE": "human", "CLEAN_START": 1, "METHODS": "naive ilr", "ROUNDS": 6}], ids=["", "4bit", "url", "human"])
+def test_dry_run_of_every_preset(preset, settings, tmp_path):
+    done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", **settings)
+    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
+    commands = done.stdout.splitlines()
+    made = check_order(commands, tmp_path)
+    at, rounds = tmp_path / "run/seed_0", settings.get("ROUNDS", 3)
+    assert {f"{at}/sft/model_1", f"{at}/gold/model_1", *(f"{at}/ilr_{k}/model_1" for k in range(1, rounds + 1))} <= set(made)
+    assert (f"{at}/judge/model" in made) == ("JUDGE" not in settings) and (f"{at}/dpo_3/model_1" in made) == ("METHODS" not in settings)
+    compared = [c for c in commands if c.startswith("python compare.py score") or " compare.py score" in c]
+    assert compared and all((f"--judge {settings['JUDGE']} " in c) for c in compared if "JUDGE" in settings)
+    assert all(("--embedder" in c) == (preset == "saferpaca") and ("--judge-model small" in c) == ("JUDGE_MODEL" in settings) for c in compared)
+    weak, strong = ([c for c in commands if f"sft.py --model {m} " in c] for m in (
+        "mistralai/Mistral-7B-v0.1" if preset == "gsm8k-70b" else "google/gemma-2b",
+        "mistralai/Mistral-7B-v0.1" if preset in ("gsm8k", "saferpaca") else "meta-llama/Meta-Llama-3-70B"))
+    small = preset in ("bird", "gsm8k-70b") or "LOAD_IN_4BIT" in settings       # 70B fits one GPU in 4 bits only
+    assert weak and strong and all("--load-in-4bit" not in c for c in weak) and all(("--load-in-4bit" in c) == small for c in strong)
+    generated = [c for c in commands if " generate.py" in c]
+    assert all(("--load-in-4bit" in c) == (small and not ("/weak/" in c.split("--data")[0] or "/judge/" in c.split("--data")[0])) for c in generated)
+    models = [c for c in commands if any(f" {s} " in c for s in ("sft.py", "generate.py", "dpo.py", "compare.py"))]
+    assert all(("--chat-template" in c) == ("CHAT_TEMPLATE" in settings) for c in models)
+    labelled = [c for c in commands if "--source weak" in c or "--source proposal" in c]
+    assert all(("--temperature 1.0" in c) == (preset == "saferpaca") for c in labelled)
+    assert any("evaluate.py grade" in c and "labels" in c for c in commands) == (preset != "saferpaca")
+
+
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     out, bases = tmp_path / "run", tmp_path / "bases"
     shown = call(out, bases, "--help", **TINY)
@@ -149,25 +195,23 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     commands = dry.stdout.splitlines()
     assert all(line.split()[1].startswith(("tasks/", "sft.py", "generate.py", "compare.py", "refine.py", "dpo.py", "evaluate.py"))
                for line in commands)
-    made = []
-    for line in commands:       # in an order in which whatever a command reads was written before
-        words = shlex.split(line)
-        first = words.index("--out") + 1
-        outs = words[first:next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))]
-        for word in words:
-            if word.startswith(str(tmp_path)) and word not in outs:
-                assert any(word == path or word.startswith(path + "/") for path in made), line
-        made += outs
+    made = check_order(commands, tmp_path)
     assert {f"{out}/seed_{s}/{m}_{k}/model_1" for s in (0, 1) for m in ("ilr", "dpo") for k in (1, 2)} <= set(made)
     assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
 
 
-@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5"])
+@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5",
+                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=x"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
     assert refused.returncode == 2 and refused.stderr.startswith(f"run_ilr.sh: error: {name} is '{value}': expected ")
     assert len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_four_bits_without_adapters_are_refused_at_once(tmp_path):
+    refused = call(tmp_path / "run", tmp_path / "bases", "gsm8k", LOAD_IN_4BIT=1)
+    assert refused.returncode == 2 and "LORA_RANK is '0': expected a rank above 0" in refused.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_two_runs_in_one_folder_are_refused(copied):

@@ -44,7 +44,7 @@ def test_grade(problems, tmp_path, capsys):
     assert [g["correct"] for g in graded] == [0.0, 1.0, 1.0, 1.0] * 5
     assert [{k: v for k, v in g.items() if k != "correct"} for g in graded] == rows(tmp_path / "d.jsonl")
     # Wilson for 15 of 20, a calculator's: 0.5313 to 0.8881
-    assert "75.0% correct of 20, 95% interval 53.1% to 88.8%" in capsys.readouterr().out
+    assert "accuracy 75.0% of 20, 95% interval 53.1% to 88.8%" in capsys.readouterr().out
 
 
 def test_config_refuses_another_configuration(tmp_path):

@@ -1,0 +1,175 @@
+"""tasks/_memory.py: the plan against what autograd and the optimizers really keep; refusals; smaller micro-batches."""
+import re
+
+import pytest
+import torch
+from conftest import assert_same_gradients, first_gradients, rows, run, tiny_config
+from test_compare import train_argv  # noqa: F401  (a fixture)
+from transformers import AutoModelForCausalLM
+
+import compare
+import dpo
+import sft
+from tasks import InputError, _memory, write_jsonl
+
+CPU = torch.device("cpu")
+
+
+def kept_by_autograd(function, parameters):
+    """Bytes of all storages, parameters aside, that the graph of function() keeps for its backward pass."""
+    known = {p.untyped_storage().data_ptr() for p in parameters}
+    kept, seen = [], {}
+
+    def pack(tensor):
+        kept.append(tensor)      # a storage that went free would be counted twice
+        if tensor.untyped_storage().data_ptr() not in known:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    assert result.requires_grad
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma", "qwen3"])
+def test_activations_are_what_autograd_keeps(family, dtype):
+    more = {"head_dim": 16} if family in ("gemma", "qwen3") else {}
+    config = tiny_config(family, vocab=64, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=8,
+                         num_key_value_heads=2, **more)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    batch = next(sft.pack([(list(range(3, 60)) * 2 + [5] * 14, [0] * 128)] * 8, 256, 1024))
+    assert batch["input_ids"].shape == (4, 256)
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        found = kept_by_autograd(lambda: sft.hidden_states(model, batch), model.parameters())
+        plan = _memory.activation_bytes(config, dtype.itemsize, 1024, 256, 0, checkpointing)
+        if checkpointing:       # the hooks do not see the one layer at a time that is computed again
+            plan -= _memory.activation_bytes(config, dtype.itemsize, 1024, 256, 0, False) / 3
+        # with checkpointing an upper bound; in full it is within a quarter
+        assert 0.4 * plan < found < plan if checkpointing else abs(found - plan) < 0.25 * plan
+
+
+def test_fixed_parts_are_what_the_optimizer_keeps(tiny, capsys, monkeypatch):
+    for name, rank in (("adamw", 0), ("muon", 0), ("adamw", 4)):
+        model = sft.open_model(tiny / "model", CPU)
+        before = sum(p.numel() * 4 for p in model.parameters())
+        if rank:
+            sft.add_lora(model, rank)
+        optimizers = sft.make_optimizers(model, name, 1e-3, CPU)
+        args = sft.parser().parse_args(["--data", "x", "--out", "x", "--lora-rank", str(rank)])
+        capsys.readouterr()
+        _memory.check_memory(model, optimizers, args, CPU, 1.0)
+        weights, gradients, state = (float(x) * 1e9 for x in re.findall(r"(?:weights|gradients|optimizer) ([0-9.e+-]+)", capsys.readouterr().out))
+        trained = [p for p in model.parameters() if p.requires_grad]
+        for p in trained:
+            p.grad = torch.ones_like(p)
+        sft.apply_gradients(model, optimizers, 1e-3)
+        kept = sum(x.numel() * x.element_size() for o in optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x) and x.numel() > 1)
+        # three digits are printed
+        assert weights == pytest.approx(before + (sum(p.numel() for p in trained) * 4 if rank else 0), rel=0.006)
+        assert gradients == pytest.approx(sum(p.numel() * 4 for p in trained), rel=0.006) and state == pytest.approx(kept, rel=0.006)
+
+
+@pytest.mark.parametrize("gigabytes, message", [
+    (80, None), (50, "--gradient-checkpointing would"), (45, "--gradient-checkpointing --row-tokens 512 --micro-tokens 512 would"),
+    (40, "none of this stage's flags")])
+def test_a_judge_of_seven_billion_weights(monkeypatch, capsys, gigabytes, message):
+    """compare.py train of Mistral-7B's shape: no adapters there to fall back on."""
+    check_large(monkeypatch, compare, ["train", "--model", "m", "--task", "gsm8k", "--data", "x", "--gold", "x", "--out", "x"], gigabytes, message, 0.0)
+
+
+@pytest.mark.parametrize("gigabytes, more, message", [
+    (80, [], None), (60, [], r"--gradient-checkpointing would"), (48, ["--gradient-checkpointing"], r"--gradient-checkpointing --row-tokens \d+ --micro"),
+    (30, [], "--gradient-checkpointing --lora-rank 64 would"), (14, [], "--gradient-checkpointing --lora-rank 64 --load-in-4bit would"),
+    (4, [], "none of this stage's flags")])
+def test_seven_billion_weights(monkeypatch, capsys, gigabytes, more, message):
+    check_large(monkeypatch, sft, ["--model", "m", "--data", "x", "--out", "x", *more], gigabytes, message, 0.5)
+
+
+def check_large(monkeypatch, stage, argv, gigabytes, message, labelled):
+    config = tiny_config("mistral", vocab=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                         num_key_value_heads=8)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    optimizer = type("AdamW8bit", (), {"param_groups": [{"params": list(model.parameters())}]})()
+    monkeypatch.setattr(_memory, "device_bytes", lambda device: gigabytes * 10**9)
+    args = stage.parser().parse_args(argv)
+    if message:
+        with pytest.raises(InputError, match=f"memory: weights 14.5 .* of {gigabytes} GB: .*{message}"):
+            _memory.check_memory(model, [optimizer], args, CPU, labelled)
+    else:
+        _memory.check_memory(model, [optimizer], args, CPU, labelled)
+
+
+def out_of_memory(monkeypatch, stage, function, most, message="CUDA out of memory. Tried to allocate 1 GiB"):
+    """Let a stage's forward pass fail wherever a micro-batch has more than `most` tokens. Returns the sizes it is given."""
+    original, sizes = getattr(stage, function), []
+
+    def limited(model, batch, *more):
+        if model.training:      # what computes no gradients takes little
+            sizes.append(batch["input_ids"].numel())
+            if sizes[-1] > most:
+                raise torch.OutOfMemoryError(message)
+        return original(model, batch, *more)
+    monkeypatch.setattr(stage, function, limited)
+    return sizes
+
+
+def test_a_smaller_micro_batch_changes_no_gradient(tiny, problems, train_argv, tmp_path, monkeypatch, capsys):  # noqa: F811
+    write_jsonl(tmp_path / "d.jsonl", problems[:8])
+    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "#### 1"} for p in problems[:6]])
+    for stage, function, argv in (
+            (sft, "completion_logps", ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
+            (dpo, "sequence_logps", ["--model", tiny / "model", "--data", tmp_path / "p.jsonl", "--epochs", 1]),
+            (compare, "judge_logits", [*train_argv, "--batch-size", 64, "--epochs", 1])):
+        whole = first_gradients(monkeypatch, stage, *argv, "--out", tmp_path / f"{stage.__name__}_whole")
+        with monkeypatch.context() as m:
+            sizes = out_of_memory(m, stage, function, 300)
+            parts = first_gradients(m, stage, *argv, "--out", tmp_path / f"{stage.__name__}_parts")
+        if stage is compare:        # its head starts at 0, and so do all other gradients
+            whole, parts = ({k: v for k, v in x.items() if k == "score.weight"} for x in (whole, parts))
+        assert_same_gradients(parts, whole)
+        assert sum(n > 300 for n in sizes) >= 3 and sizes[-1] <= 300 and len([n for n in sizes if n <= 300]) > 2
+        assert "out of memory: going on with --micro-tokens 256" in capsys.readouterr().out
+
+
+def test_memory_that_never_suffices_is_an_error(tiny, problems, tmp_path, monkeypatch, capsys):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    argv = ["--model", str(tiny / "model"), "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "m")]
+    out_of_memory(monkeypatch, sft, "completion_logps", 0)
+    with pytest.raises(SystemExit) as e:
+        sft.run_stage(sft.parser(), sft.main, argv)
+    assert e.value.code == 1 and "out of memory" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "m").exists()
+
+
+def test_other_errors_are_not_taken_for_lack_of_memory(tiny, problems, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    out_of_memory(monkeypatch, sft, "completion_logps", 0, "an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "m")
+
+
+def test_a_run_that_lacked_memory_ends_like_one_that_had_it(tiny, problems, tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", problems[:8])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 2, "--batch-size", 4, "--lr", 1e-3]
+    run(sft, *argv, "--out", tmp_path / "a")
+    with monkeypatch.context() as m:
+        out_of_memory(m, sft, "completion_logps", 200)
+        run(sft, *argv, "--out", tmp_path / "b")
+    a, b = (rows(tmp_path / x / "metrics.jsonl") for x in "ab")
+    # fp32 sums in another order, four steps of 1e-3: losses to 5 digits
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5) and len(a) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_bytes_of_a_gpu():
+    device = torch.device("cuda", 0)
+    before = _memory.device_bytes(device)
+    held = torch.empty(1 << 28, device=device)
+    assert before == pytest.approx(_memory.device_bytes(device), rel=0.02) and held.numel()
+
+
+def test_device_bytes_of_this_machine():
+    assert 5e8 < _memory.device_bytes(CPU) < 1e14
