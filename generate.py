@@ -19,6 +19,7 @@ from pathlib import Path
 from sft import encode_prompt, open_model, open_tokenizer, pick_device
 from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, partial_path, positive, read_jsonl, run_stage, short,
                    whole, write_jsonl)
+from tasks._memory import lacks_memory
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -161,18 +162,26 @@ def generate_file(args, model_path, data, out, half):
     jobs = sorted(((i, s) for i in range(len(records)) for s in range(args.num_samples)),
                   key=lambda job: (-len(prompts[job[0]]), job))
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
+
+    def answer(batch):
+        ids = [prompts[i] for i, _ in batch]
+        try:
+            if args.num_beams > 1:
+                return decode_beams(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.num_beams)
+            uniforms = None if args.temperature == 0 else torch.tensor(
+                [sample_uniforms([args.seed, args.round] if args.round else args.seed, records[i]["id"], s, args.max_new_tokens).tolist()
+                 for i, s in batch], device=device)
+            return decode(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.temperature, uniforms)
+        except RuntimeError as e:
+            if not lacks_memory(e) or len(batch) == 1:
+                raise
+        torch.cuda.empty_cache()        # too many for the memory: half of them, then the other half
+        return [a + b for a, b in zip(answer(batch[:len(batch) // 2]), answer(batch[len(batch) // 2:]))]
+
     log = BatchLog(folder, [len(b) for b in batches])
     with tqdm(total=len(jobs), initial=len(log.results), desc=f"generate {short(out)}", unit="answer", mininterval=1) as bar:
         for batch in batches[log.batches_done:]:
-            ids = [prompts[i] for i, _ in batch]
-            if args.num_beams > 1:
-                answers = decode_beams(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.num_beams)
-            else:
-                uniforms = None if args.temperature == 0 else torch.tensor(
-                    [sample_uniforms([args.seed, args.round] if args.round else args.seed, records[i]["id"], s,
-                                     args.max_new_tokens).tolist() for i, s in batch],
-                    device=device)
-                answers = decode(model, ids, tokenizer.eos_token_id, args.max_new_tokens, args.temperature, uniforms)
+            answers = answer(batch)
             texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
             log.append([[i, s, text, cut] for (i, s), text, cut in zip(batch, texts, answers[1])])
             bar.update(len(batch))

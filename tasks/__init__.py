@@ -184,6 +184,18 @@ def download(url, digest, file):
     return data
 
 
+def from_release(path, task, split, blob):
+    """Fill `path` with a dataset of the paper's release, an Arrow file there. blob: git's name of it, a hash of what is in it."""
+    try:
+        import pyarrow.ipc
+    except ImportError:
+        raise InputError(f"{path}: missing; put it there, or `pip install pyarrow` to read the paper's release") from None
+    url = ("https://raw.githubusercontent.com/HelloElwin/iterative-label-refinement/3ab48d3fe2702c79434bdb4f25a87b66d8c14f8c/"
+           f"data/{task}/{split}/data-00000-of-00001.arrow")
+    data = download(url, lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == blob, path.name)
+    write_jsonl(path, pyarrow.ipc.open_stream(data).read_all().to_pylist())
+
+
 # ---------------------------------------------------------------- unfinished work
 def refuse_existing(out):
     if os.path.lexists(out):
@@ -274,7 +286,7 @@ def run_stage(parser, main, argv=None):
         if any(s in text for s in ("No space left", "file write failed", "unexpected pos")):
             sys.exit(_fail(parser, f"cannot write a model or state, the disk may be full ({text})", 1))
         if "out of memory" in text:
-            sys.exit(_fail(parser, text, 1))
+            sys.exit(_fail(parser, f"{text} (lower --micro-tokens or --batch-size, or see --help for what else saves memory)", 1))
         raise
     except KeyboardInterrupt:
         sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))

@@ -65,6 +65,11 @@ def check_memory(model, optimizers, args, device, labelled):
     print(line)
 
 
+def lacks_memory(error):
+    """torch.OutOfMemoryError on a GPU; on the CPU the error has no name of its own."""
+    return any(s in str(error) for s in ("out of memory", "can't allocate memory"))
+
+
 def attempts(model, args):
     """Tries at one optimizer batch. `for attempt in attempts(model, args): with attempt: ...` does its body again with half the
     --micro-tokens whenever memory runs out; the batch is the same, and so is its gradient."""
@@ -76,9 +81,9 @@ def attempts(model, args):
         try:
             yield
             done.append(True)
-        except RuntimeError as e:       # torch.OutOfMemoryError is one; on the CPU it has no name of its own
+        except RuntimeError as e:
             tokens = max(args.micro_tokens, args.row_tokens) // 2
-            if not any(s in str(e) for s in ("out of memory", "can't allocate memory")) or tokens < 64:
+            if not lacks_memory(e) or tokens < 64:
                 raise
         if not done:
             args.micro_tokens, args.row_tokens = tokens, min(args.row_tokens, tokens)

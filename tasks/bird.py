@@ -3,6 +3,8 @@
     export ILR_BIRD_DATABASES=folder                             # folder/<db>/<db>.sqlite, from https://bird-bench.github.io
     python tasks/bird.py --out data --data-dir folder --seed 0   # folder/train.jsonl, test.jsonl: question, answer, db_name
 
+What --data-dir lacks comes from the paper's release (needs pyarrow); the databases do not.
+
 A completion is right if it returns the same set of rows as the reference, within ILR_SQL_TIMEOUT (30) seconds: order and
 repetitions of rows do not count, the order of columns does (BIRD's rule). What the references return is computed here, once, and
 goes along as `reference_result`.
@@ -24,10 +26,11 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_training
+from tasks import InputError, from_release, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 4096, 256
 FIELDS = "db", "reference_result"
+BLOBS = {"train": "a610c90f212b4952f65db29db17e80e42edf1d83", "test": "d59632acfb7312ee7ee72de47a7a24e6954ccf89"}     # git's names
 MAX_ROWS, MAX_VALUE, MAX_MEMORY = 1_000_000, 10_000_000, 4 << 30     # rows; bytes of a text or blob; bytes of a process
 GRACE = 10       # seconds after which a process is killed whose query should have been stopped already
 FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
@@ -213,7 +216,10 @@ def main(args):
         return work()
     out, rows = Path(args.out), {}
     for split in ("train", "test"):
-        found = read_jsonl(Path(args.data_dir) / f"{split}.jsonl", ("question", "answer", "db_name"), key=())
+        path = Path(args.data_dir) / f"{split}.jsonl"
+        if not path.exists():
+            from_release(path, "bird", split, BLOBS[split])
+        found = read_jsonl(path, ("question", "answer", "db_name"), key=())
         rows[split] = [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"],
                         "reference": r["answer"], "source": "gold", "db": r["db_name"]} for i, r in enumerate(found)]
     random.Random(args.seed).shuffle(rows["train"])
@@ -234,7 +240,7 @@ def main(args):
 def parser():
     p = make_parser(__doc__, prog="tasks/bird.py")
     p.add_argument("--out", help="folder to write")
-    p.add_argument("--data-dir", default="data/bird", help="folder of train.jsonl and test.jsonl")
+    p.add_argument("--data-dir", default="data/bird", help="folder of train.jsonl and test.jsonl; filled where they are missing")
     p.add_argument("--train", type=positive, default=10**6, help="training problems, D_gt and D_unlab together")
     p.add_argument("--gt", type=positive, default=4714, help="of these, problems of D_gt, whose references train the weak side")
     p.add_argument("--test", type=positive, default=10**6, help="test problems, the first so many")

@@ -11,7 +11,6 @@ alike than the median pair's (`compare.py score --embedder`).
 Unlike the paper's release: both orders are asked; a reply without a verdict is asked again and then an error, not 0.5; a
 letter that is not among the likely tokens has probability 0, not 1.
 """
-import hashlib
 import os
 import random
 import sys
@@ -19,14 +18,13 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, download, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_training
+from tasks import (InputError, from_release, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl,
+                   write_training)
 from tasks._judges import Endpoint, average_orders
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 1024, 512
 FIELDS, COSTLY, METRIC = ("category",), True, "win rate"
 CATEGORIES = "general", "safety"
-RELEASE = ("https://raw.githubusercontent.com/HelloElwin/iterative-label-refinement/3ab48d3fe2702c79434bdb4f25a87b66d8c14f8c/"
-           "data/saferpaca/{}/data-00000-of-00001.arrow")
 BLOBS = {"train": "4effc1e25e8c1c60eb9d381e589b9f80397b4104", "test": "9f74373bf65403f5d07b7d8f93707dfad6198390"}    # git's names
 
 
@@ -91,13 +89,7 @@ def rows_of(split, folder):
     """The question, answer and category of every problem of a split, in the dataset's order."""
     path = folder / f"{split}.jsonl"
     if not path.exists():
-        try:
-            import pyarrow.ipc
-        except ImportError:
-            raise InputError(f"{path}: missing; put it there, or `pip install pyarrow` to read the paper's release") from None
-        data = download(RELEASE.format(split), lambda data: hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == BLOBS[split],
-                        path.name)
-        write_jsonl(path, [{k: r[k] for k in ("question", "answer", "category")} for r in pyarrow.ipc.open_stream(data).read_all().to_pylist()])
+        from_release(path, "saferpaca", split, BLOBS[split])
     rows = read_jsonl(path, ("question", "answer", "category"), key=())
     for i, r in enumerate(rows, 1):
         if r["category"] not in CATEGORIES:

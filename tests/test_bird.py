@@ -1,11 +1,15 @@
 """tasks/bird.py: what a query returns, hostile SQL against a real database, records and the stages that grade them."""
+import ast
+import contextlib
 import hashlib
 import json
 import shutil
+import sqlite3
 import time
 
 import pytest
 from conftest import ROOT, rows, run
+from kill_test import call, finished_run
 
 import compare
 import evaluate
@@ -157,3 +161,40 @@ def test_every_real_prompt_fits_its_token_limit():
     assert len(problems) == 1405 and all(p["question"].startswith("Given the following database schema") for p in problems)
     # no tokenizer makes more tokens of a text than it has bytes
     assert max(len(f"USER:\n{p['question']}\n\nASSISTANT:\n".encode()) for p in problems) < bird.MAX_PROMPT_TOKENS
+
+
+@pytest.mark.skipif(not (SHARED / "bird/test.jsonl").exists(), reason="needs the BIRD problems")
+def test_the_chain_on_64_real_problems(tmp_path):
+    """Every stage of `run_ilr.sh bird` with the tiny base models of another test, on databases made of the problems' schemas, a few
+    rows in each table: BIRD's own are not here."""
+    short = sorted(map(json.loads, (SHARED / "bird/test.jsonl").open()), key=lambda r: len(r["question"]))
+    made, problems = {}, []
+    for r in short:
+        path = tmp_path / "dbs" / r["db_name"] / f"{r['db_name']}.sqlite"
+        if path not in made:
+            path.parent.mkdir(parents=True)
+            made[path] = sqlite3.connect(path)
+            for table, columns in ast.literal_eval(r["db_schema"]).items():
+                columns = [c for c in columns if c != "*"]
+                made[path].execute(f'CREATE TABLE "{table}" ({", ".join(chr(34) + c + chr(34) for c in columns)})')
+                made[path].executemany(f'INSERT INTO "{table}" VALUES ({", ".join("?" * len(columns))})', [[k + i for i in range(len(columns))] for k in range(3)])
+            made[path].commit()
+        with contextlib.suppress(sqlite3.Error):        # a reference that only the real tables can answer
+            made[path].execute(r["answer"]).fetchall()
+            problems.append(r)
+        if len(problems) == 64 + 8:
+            break
+    write_jsonl(tmp_path / "in/train.jsonl", problems[8:])
+    write_jsonl(tmp_path / "in/test.jsonl", problems[:8])
+    base, = (finished_run()[1]).iterdir()
+    done = call(tmp_path / "run", tmp_path / "bases", "bird", DATA_DIR=tmp_path / "in", ILR_BIRD_DATABASES=tmp_path / "dbs", GT=32, ROUNDS=1,
+                JOBS=2, LORA_RANK=4, LOAD_IN_4BIT=0, CHECKPOINTS="50", WEAK_MODEL=base / "weak", STRONG_MODEL=base / "strong",
+                PACKING="--row-tokens 512 --micro-tokens 2048", DECODING="--max-new-tokens 24", WEAK_EPOCHS=1, SFT_EPOCHS=1, JUDGE_EPOCHS=1,
+                DPO_EPOCHS=1, DPO_SAMPLES=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run/seed_0"
+    assert [r["id"] for r in rows(run / "ilr_1/labels.jsonl")] == [r["id"] for r in rows(run / "data/unlab.jsonl")]
+    assert len(rows(run / "data/unlab.jsonl")) == 32 and all(len(r["reference_result"]) == 64 for r in rows(run / "data/test.jsonl"))
+    for point in ("weak", "sft", "gold", "ilr_1", "dpo_1"):
+        assert {r["correct"] for r in rows(run / point / "eval_1.graded.jsonl")} <= {0.0, 1.0}
+    assert "| ILR |" in (tmp_path / "run/report.md").read_text()

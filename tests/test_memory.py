@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import compare
 import dpo
+import generate
 import sft
 from tasks import InputError, _memory, write_jsonl
 
@@ -161,6 +162,24 @@ def test_a_run_that_lacked_memory_ends_like_one_that_had_it(tiny, problems, tmp_
     a, b = (rows(tmp_path / x / "metrics.jsonl") for x in "ab")
     # fp32 sums in another order, four steps of 1e-3: losses to 5 digits
     assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5) and len(a) == 4
+
+
+@pytest.mark.parametrize("more", [[], ["--num-beams", 2], ["--temperature", 1, "--num-samples", 2]])
+def test_a_batch_too_large_to_decode_is_answered_in_halves(tiny, problems, tmp_path, monkeypatch, more):
+    write_jsonl(tmp_path / "d.jsonl", problems[:9])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 8, *more]
+    run(generate, *argv, "--out", tmp_path / "a.jsonl")
+    name, sizes = "decode_beams" if "--num-beams" in more else "decode", []
+    original = getattr(generate, name)
+
+    def limited(model, prompts, *rest):
+        sizes.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, prompts, *rest)
+    monkeypatch.setattr(generate, name, limited)
+    run(generate, *argv, "--out", tmp_path / "b.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() and max(sizes) > 3 and sum(n for n in sizes if n <= 3) == sizes[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
