@@ -258,8 +258,9 @@ def write_report(run, data, times, settings):
                  table(["", *(f"round {k}" for k in range(1 + max(map(max, series.values()))))],
                        [[f"{m.upper()}'s labels", *(cell(by_seed) for _, by_seed in sorted(rounds.items()))] for m, rounds in series.items()]),
                  "![label accuracy per round](label_accuracy.png)\n"]
-    text += ["## The judge\n", f"On held-out pairs of its own kind: accuracy {average(data['judges'], 'held_out_accuracy')}%, "
-             f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%. On the pairs it was really asked about:\n",
+    text += ["## The judge\n", *([f"On held-out pairs of its own kind: accuracy {average(data['judges'], 'held_out_accuracy')}%, "
+                                  f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%.\n"] if data["judges"] else []),
+             "On the pairs it was really asked about:\n",
              table(["", "comparisons asked", "accuracy on pairs with one right side (%)", "order-flip rate (%)",
                     "position bias", "replaced labels / pairs kept", "share of all (%)", "share of disagreements (%)",
                     "precision of replacement (%)"],
