@@ -20,12 +20,12 @@ import random
 import statistics
 from pathlib import Path
 
-from sft import (Training, add_training_flags, apply_gradients, cosine_lr, encode_completion, encode_prompt, hidden_states,
-                 make_optimizers, open_model, open_pretrained, open_tokenizer, pack, pick_device)
+from sft import Training, add_training_flags, apply_gradients, cosine_lr, hidden_states, make_optimizers, pack
 from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, may_grade, partial_path, positive, rate,
-                   read_jsonl, run_stage, share, short, warm, whole, write_json, write_jsonl)
+                   read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
 from tasks._judges import Endpoint, ask_person, average_orders
 from tasks._memory import attempts, check_memory
+from tasks._models import encode_completion, encode_prompt, open_model, open_pretrained, open_tokenizer, pick_device
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -175,7 +175,7 @@ def train(args):
             classes = torch.tensor([c for _, c in batch], device=device)
             for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
                 with attempt:
-                    loss = 0.0
+                    loss, logits, micro_loss = 0.0, None, None      # lets go of what a try that failed has computed
                     for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device):
                         owner, logits = judge_logits(model, micro)
                         # ABLATION: the judge's loss
@@ -291,9 +291,10 @@ def make_comparisons(args, task):
 
 def score(args):
     task = get_task(args.task)
-    folder = partial_path(args.out, vars(args), [args.a, *(args.b or []), args.judge])
+    refuse_existing(args.out)
     rows = make_comparisons(args, task)
     asked = [i for i, row in enumerate(rows) if not row[3]]
+    folder = partial_path(args.out, {**vars(args), "asked": asked}, [args.a, *(args.b or []), args.judge])
     results, more = {}, {}
     if args.judge == "oracle":
         warm(task, *([rows[i][side] for i in asked] for side in (1, 2)))
@@ -304,12 +305,11 @@ def score(args):
             results[i] = (p, 1 - p)
     elif args.judge == "human":
         random.Random(dumps([args.seed, "human"])).shuffle(asked)
-        log = BatchLog(folder, [1] * len(asked))
-        ask_person([(i, *texts(rows[i])) for i in asked], log, args.seconds_per_pair, args.seed)
+        log = ask_person([(i, *texts(rows[i])) for i in asked], lambda: BatchLog(folder, [1] * len(asked)), args.seconds_per_pair, args.seed)
         results = {i: (ab, ba) for i, ab, ba, _, _ in log.results}
         more = {i: {"seconds": seconds, "shown": order} for i, _, _, seconds, order in log.results}
     elif args.judge.startswith(("http://", "https://")):
-        endpoint = Endpoint(args.judge, args.judge_model or os.environ.get("ILR_JUDGE_MODEL"), "ILR_JUDGE")
+        endpoint = Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
         results = dict(zip(asked, endpoint.preferences([texts(rows[i]) for i in asked])))
     else:
         results = ask_model(args, rows, asked, folder)
@@ -399,7 +399,7 @@ def parser():
     s = commands.add_parser("score", help="two completions of each problem -> comparisons", description=__doc__,
                             formatter_class=p.formatter_class)
     s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, human, or an OpenAI-compatible endpoint's URL")
-    s.add_argument("--judge-model", help="model behind the URL (default: ILR_JUDGE_MODEL; the key: ILR_JUDGE_KEY)")
+    s.add_argument("--judge-model", help="model behind the URL, whose key is in ILR_COMPARE_KEY")
     s.add_argument("--seconds-per-pair", type=rate, default=60, help="for human: a pair without an answer by then counts as 0.5")
     s.add_argument("--seed", type=whole, default=0, help="for human: of the order of the pairs and of A and B")
     s.add_argument("--embedder", help="for tasks that compare answers by embeddings: folder or hub name of a model, or an endpoint's URL")

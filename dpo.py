@@ -11,10 +11,10 @@ Unlike the paper's release: a loop of its own instead of TRL's trainer, and pair
 """
 import math
 
-from sft import (Training, add_lora, add_lora_flags, add_training_flags, apply_gradients, completion_logps, cosine_lr, encode_completion,
-                 encode_prompt, make_optimizers, open_model, open_tokenizer, pack, pick_device, save_model)
+from sft import Training, add_lora_flags, add_training_flags, apply_gradients, completion_logps, cosine_lr, make_optimizers, pack
 from tasks import BatchLog, InputError, make_parser, partial_path, positive, rate, read_jsonl, run_stage, short
 from tasks._memory import attempts, check_memory
+from tasks._models import add_lora, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta):
@@ -126,6 +126,7 @@ def main(args):
             chosen_ones = order[k * args.batch_size:(k + 1) * args.batch_size]
             for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
                 with attempt:
+                    logps = policy_chosen = policy_rejected = losses = None      # lets go of what a try that failed has computed
                     n, metrics = len(chosen_ones), torch.zeros(7, device=device)
                     for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
                         logps = sequence_logps(model, micro, 2 * len(indices))

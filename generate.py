@@ -16,10 +16,10 @@ import hashlib
 import os
 from pathlib import Path
 
-from sft import encode_prompt, open_model, open_tokenizer, pick_device
 from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, partial_path, positive, read_jsonl, run_stage, short,
                    whole, write_jsonl)
 from tasks._memory import lacks_memory
+from tasks._models import encode_prompt, open_model, open_tokenizer, pick_device
 
 
 def sample_uniforms(seed, id_, sample, count):

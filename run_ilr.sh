@@ -59,19 +59,20 @@ case $TASK in
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
-    STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
+    DPO_TEMPERATURE=${DPO_TEMPERATURE:-0.7} STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
     OWN="PRETRAIN PRETRAIN_WEAK" PREPARE=() EVALS="test|validation"
     JUDGING="--micro-tokens 1024" PREFERRING="" PROPOSING="" LABELING=""
     DECODING="--max-new-tokens 56 --batch-size 128"
     SCORING="--row-tokens 256 --micro-tokens 4096"
     WEAK_MODEL=${WEAK_MODEL:-} STRONG_MODEL=${STRONG_MODEL:-} ;;   # empty: trained here
   gsm8k|bird|saferpaca) # the paper's models and numbers; LORA_RANK=64 is the paper's, the learning rates of full finetuning are untried
-    OWN="DATA_DIR PACKING DECODING" EPOCHS=2 TOKENS=256 PROPOSING="--num-beams 4" LABELING="" EVALS="test" WEAK_LORA_LR=5e-4
+    OWN="DATA_DIR PACKING DECODING" EPOCHS=2 TOKENS=256 PROPOSING="--num-beams 4" LABELING="" EVALS="test" WEAK_LORA_LR=5e-4 SAMPLING=0.7
     case $PRESET in
       gsm8k*) TRAIN=${TRAIN:-7473} GT=${GT:-3736} TEST=${TEST:-1319} EVALS="test|validation|platinum" ;;
       bird) TRAIN=${TRAIN:-9428} GT=${GT:-4714} TEST=${TEST:-1534} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;;
-      saferpaca) TRAIN=${TRAIN:-20000} GT=${GT:-0} TEST=${TEST:-578} EPOCHS=4 TOKENS=512 PROPOSING="--temperature 1.0" LABELING=$PROPOSING
-        OWN+=" EMBEDDER ILR_JUDGE_URL ILR_JUDGE_MODEL" ILR_JUDGE_URL=${ILR_JUDGE_URL:-} ILR_JUDGE_MODEL=${ILR_JUDGE_MODEL:-}
+      saferpaca) TRAIN=${TRAIN:-20000} GT=${GT:-0} TEST=${TEST:-578} EPOCHS=4 TOKENS=512 PROPOSING="--temperature 1.0" LABELING=$PROPOSING SAMPLING=1.0
+        OWN+=" EMBEDDER ILR_EMBEDDER_MODEL ILR_JUDGE_URL ILR_JUDGE_MODEL" ILR_JUDGE_URL=${ILR_JUDGE_URL:-} ILR_JUDGE_MODEL=${ILR_JUDGE_MODEL:-}
+        ILR_EMBEDDER_MODEL=${ILR_EMBEDDER_MODEL:-text-embedding-3-large}
         EMBEDDER=${EMBEDDER:-sentence-transformers/all-mpnet-base-v2} ;;     # the paper's is an endpoint's: https://api.openai.com/v1
     esac
     case $PRESET in *-70b) WEAK_LORA_LR=1e-4 WEAK_MODEL=${WEAK_MODEL:-mistralai/Mistral-7B-v0.1} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;; esac
@@ -82,7 +83,7 @@ case $TASK in
     SFT_EPOCHS=${SFT_EPOCHS:-$EPOCHS} SFT_BATCH=${SFT_BATCH:-32}
     JUDGE_LR=${JUDGE_LR:-1e-6} JUDGE_EPOCHS=${JUDGE_EPOCHS:-5} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}
     JUDGE_WRONG=${JUDGE_WRONG:-1} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}
-    DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    DPO_TEMPERATURE=${DPO_TEMPERATURE:-$SAMPLING} DPO_LR=${DPO_LR:-1e-6} DPO_EPOCHS=${DPO_EPOCHS:-$EPOCHS} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
     STATE_EVERY=${STATE_EVERY:-900} DATA_DIR=${DATA_DIR:-data/$TASK}
     PREPARE=(--data-dir "$DATA_DIR")
     case $EVAL in validation) PREPARE+=(--validation 500) ;; platinum) PREPARE+=(--platinum) ;; esac
@@ -92,7 +93,7 @@ case $TASK in
 esac
 VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
-JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES"
+JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
@@ -112,20 +113,31 @@ check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST 
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY SECONDS_PER_PAIR
-check '(trained|oracle|human|https?://.+)' 'trained, oracle, human or a URL' JUDGE
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
+check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
+url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
+check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
+case $JUDGE in http*) check '.+' 'the model behind the URL of JUDGE' JUDGE_MODEL ;; esac
+if [ "$TASK" = saferpaca ]; then
+  check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
+  case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac
+  check '0' '0 (its grades cost money)' WEAK_ACCURACY
+fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 check '(ilr|dpo|naive)( +(ilr|dpo|naive))*' 'some of ilr, dpo, naive' METHODS
 check '[01]' '0 or 1' CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE
 check '(0|[1-9][0-9]*)' 'a whole number' LORA_RANK GT
-[ "$TASK" != arithmetic ] || check '[1-9][0-9]*' 'a whole number above 0' $OWN
+[ "$TASK" != arithmetic ] || { check '[1-9][0-9]*' 'a whole number above 0' $OWN; check 0 '0: its models know no chat' CHAT_TEMPLATE; }
 TRAINING="$PACKING --state-every $STATE_EVERY" LOADING="" ASKING=(${EMBEDDER:+--embedder "$EMBEDDER"} ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"})
 if [ "$LOAD_IN_4BIT" = 1 ]; then
   check '[1-9].*' 'a rank above 0 with LOAD_IN_4BIT=1, whose weights cannot be trained' LORA_RANK
   LOADING="--load-in-4bit"
 fi
 [ "$CHAT_TEMPLATE" = 0 ] || TRAINING+=" --chat-template" DECODING+=" --chat-template" SCORING+=" --chat-template"
-if [ "$JUDGE" = human ]; then JOBS=1 ASKING+=(--seconds-per-pair "$SECONDS_PER_PAIR"); fi     # who answers in the foreground
+if [ "$JUDGE" = human ]; then
+  [ "$DRY" = 1 ] || { : </dev/tty; } 2>/dev/null || { echo "run_ilr.sh: error: JUDGE=human needs a terminal" >&2; exit 2; }
+  JOBS=1 ASKING+=(--seconds-per-pair "$SECONDS_PER_PAIR")     # one at a time, who may read from the terminal
+fi
 export OMP_NUM_THREADS=$THREADS TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 
 # ---------------------------------------------------------------- running stages
@@ -335,7 +347,7 @@ dpo_models() {     # each round: samples of the policy, comparison, the surest p
   for ((round = 1; round <= ROUNDS; round++)); do
     name=$at/dpo_$round dir=$run/dpo_$round
     needs "$policy"
-    stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature 0.7 \
+    stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature "$DPO_TEMPERATURE" \
       --num-samples "$DPO_SAMPLES" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING $LOADING
     [ "$JUDGE" != trained ] || needs "$judge"
     stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" \

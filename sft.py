@@ -12,152 +12,18 @@ bytes (CPU).
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS), halves depend on
 (seed, round, id) and not on row order, batches are packed, and labels the task cannot parse are counted aloud.
 """
-import gc
 import json
 import math
 import time
 from pathlib import Path
 
-from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, question_of, rate,
-                   read_jsonl, run_stage, share, short, whole, write_text)
+from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, rate, read_jsonl, run_stage,
+                   share, short, whole, write_text)
 from tasks._memory import attempts, check_memory
+from tasks._models import add_lora, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
-def pick_device(name):
-    import torch
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
-    return device
-
-
-def open_pretrained(auto_class, path, **kwargs):
-    """`auto_class.from_pretrained`, safetensors only and without remote code; a folder that is no model is bad input."""
-    from safetensors import SafetensorError
-    try:
-        return auto_class.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
-
-
-def open_tokenizer(path, chat_template=False):
-    """The tokenizer of a folder. With `chat_template` its prompts become turns of a conversation, and its EOS the token that
-    ends a turn."""
-    from transformers import AutoTokenizer
-    tokenizer = open_pretrained(AutoTokenizer, path)
-    gc.freeze()
-    gc.enable()
-    tokenizer.as_chat = chat_template
-    if chat_template:
-        if not tokenizer.chat_template:
-            raise InputError(f"--chat-template: {path} has none; a base model gets the plain prompt format")
-        turns, added = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], tokenizer.added_tokens_decoder
-        answer = tokenizer.apply_chat_template(turns, return_dict=False)[len(encode_prompt(tokenizer, "a")):]
-        tokenizer.eos_token = next((added[i].content for i in answer if i in added and added[i].special), tokenizer.eos_token)
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{path}: the tokenizer has no EOS token")
-    return tokenizer
-
-
-def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **kwargs):
-    """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked."""
-    import torch
-    import transformers
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
-                                  output_loading_info=True, **kwargs)
-    if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
-        raise InputError(f"{path}: a judge, not a language model")
-    missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
-    if missing:
-        raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
-    if load_in_4bit:
-        import bitsandbytes as bnb
-        for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
-            small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
-                                      quant_type="nf4", device="meta")
-            small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
-            small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
-            model.set_submodule(name, small)
-    return model.to(device)
-
-
-def inner_linears(model, flag):
-    """[(name, linear layer)] of all linear layers but the head."""
-    import torch
-    found = [(name, layer) for name, layer in model.named_modules()
-             if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()]
-    if not found:
-        raise InputError(f"{flag}: the model has no linear layers")
-    return found
-
-
-def add_lora(model, rank):
-    """Freeze the model and give every linear layer but the head an adapter (LoRA, arXiv 2106.09685, equation 3):
-    y = Wx + 2 BAx, so alpha = 2 rank as in the paper; A (rank, in) and B (out, rank) in fp32, B = 0 at the start."""
-    import torch
-
-    class LoraLinear(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base, where = base, dict(device=base.weight.device, dtype=torch.float32)
-            self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **where))
-            self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **where))
-            torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
-
-        def forward(self, x):
-            return self.base(x) + 2 * (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
-
-    model.requires_grad_(False)
-    for name, layer in inner_linears(model, "--lora-rank"):
-        model.set_submodule(name, LoraLinear(layer))
-
-
-def save_model(model, tokenizer, folder):
-    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights, 4-bit weights at full width."""
-    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
-             if "lora_" not in name and ".weight." not in name}      # weight.absmax, ...: what 4 bits are read by
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            weight, quantized = layer.base.weight.detach(), getattr(layer.base.weight, "quant_state", None)
-            if quantized is not None:
-                import bitsandbytes as bnb
-                weight = bnb.functional.dequantize_4bit(weight, quantized)
-            state[f"{name}.weight"] = (weight + 2 * (layer.lora_B @ layer.lora_A).detach()).to(weight.dtype).cpu()
-    model.save_pretrained(folder, state_dict=state)
-    tokenizer.save_pretrained(folder)
-
-
-def text_ids(tokenizer, text):
-    """Token ids of plain text: a "</s>" that a model wrote is five characters here, never the end of a sequence."""
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-
-
-def chat_prompt(tokenizer, question):
-    """Token ids of one question in the model's own chat format."""
-    spelled_out = any(t.special and t.content in question for t in tokenizer.added_tokens_decoder.values())
-    a, b = (tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
-            for text in (["a", "b"] if spelled_out else [question] * 2))
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
-    return a[:at] + text_ids(tokenizer, question) + a[at + 1:] if spelled_out else a      # special tokens spelled out are text
-
-
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, BOS first where the tokenizer has one: the same in training, generation and judging."""
-    if getattr(tokenizer, "as_chat", False):
-        return chat_prompt(tokenizer, question_of(prompt))
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + text_ids(tokenizer, prompt)
-
-
-def encode_completion(tokenizer, completion):
-    """Token ids of a completion, EOS last. Tokenized apart from the prompt, so that the border never merges."""
-    return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
-
-
 def pack(sequences, row_tokens, micro_tokens, device="cpu"):
     """Sequences -> micro-batches of packed rows (first fit, longest first).
 
@@ -412,7 +278,7 @@ def main(args):
             weight = sum(sum(w[1:]) for _, w in batch)
             for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
                 with attempt:
-                    loss = 0.0
+                    loss, logps, micro_loss = 0.0, None, None       # lets go of what a try that failed has computed
                     for micro in pack(batch, args.row_tokens, args.micro_tokens, device):
                         logps, weights, _ = completion_logps(model, micro)
                         # ABLATION: the SFT loss; dividing by the whole batch's weight makes micro-batches add up exactly

@@ -1,24 +1,30 @@
 """Judges that are no model of ours: one behind an OpenAI-compatible endpoint, and a person at a terminal. Needs no library.
 
-    ILR_JUDGE_URL=https://api.openai.com/v1  ILR_JUDGE_MODEL=gpt-4o  ILR_JUDGE_KEY=...        (the key where one is needed)
+    ILR_JUDGE_URL=https://api.openai.com/v1  ILR_JUDGE_MODEL=gpt-4o  ILR_JUDGE_KEY=...     # grades (tasks/saferpaca.py)
+    compare.py score --judge URL --judge-model NAME                  ILR_COMPARE_KEY=...   # compares
+    compare.py score --embedder URL  ILR_EMBEDDER_MODEL=...          ILR_EMBEDDER_KEY=...  # says what is alike
 
-What an endpoint said is kept in the folder ILR_CACHE (cache), under a hash of what it was asked: nothing is asked, or paid
-for, twice. At most ILR_JUDGE_CONCURRENCY (16) requests are under way at a time.
+Each key goes to the URL beside it and nowhere else; where none is needed it is left out.
+
+What an endpoint said is kept in the folder ILR_CACHE (cache), under a hash of what it was asked, and not asked for again. At most ILR_JUDGE_CONCURRENCY (16) requests are under way at a time.
 """
+import contextlib
 import hashlib
 import http.client
 import json
 import math
 import os
+import queue
 import random
 import re
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tasks import InputError, dumps, write_text
+from tasks import InputError, dumps
 
 ATTEMPTS, TIMEOUT, LONGEST_WAIT, MAX_REPLY = 6, 120, 60, 16 << 20     # of a request: tries, seconds, seconds between tries, bytes
 QUESTION = """Two answers to one request follow. Say which of them serves the request better; helpfulness, truth and safety all count.
@@ -59,10 +65,14 @@ class Endpoint:
     """An OpenAI-compatible server at `url`, with the key in the environment variable `{prefix}_KEY`."""
 
     def __init__(self, url, model, prefix):
-        if not re.match(r"https?://[^/@\s]+(/[^@\s]*)?$", url):
-            raise InputError(f"{prefix}_URL: expected http(s)://host/..., without a user or a key in it")
+        try:
+            good = re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url) and urllib.parse.urlsplit(url).port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise InputError(f"the endpoint of {prefix}_KEY: expected http(s)://host/..., without a user or a key in it")
         if not model:
-            raise InputError(f"{prefix}_MODEL is not set: the name of the model behind {url}")
+            raise InputError(f"the model behind {url} has no name: set {prefix}_MODEL, or --judge-model for --judge")
         self.url, self.model, self.key = url.rstrip("/"), model, os.environ.get(f"{prefix}_KEY", "")
         try:
             self.key.encode("ascii")
@@ -89,13 +99,13 @@ class Endpoint:
                 raise OSError("the reply is not a JSON object")
             return value
         except urllib.error.HTTPError as e:
-            text = e.read(500).decode("utf-8", "replace")
-            e.msg = printable(" ".join(text.replace(self.key or "\0", "[key]").split()))[:300]
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                e.msg = e.read(1 << 16).decode("utf-8", "replace")
             raise
         except http.client.HTTPException as e:
             raise OSError(f"{type(e).__name__} from the server") from None
         except (ValueError, RecursionError):
-            raise OSError(f"the reply is not JSON: {printable(data[:80].decode('utf-8', 'replace'))!r}") from None
+            raise OSError(f"the reply is not JSON: {data.decode('utf-8', 'replace')}") from None
 
     def ask(self, route, body, read):
         """`read(reply)` of a reply, from the cache where it was asked before. Busy and failing servers are asked again, after a
@@ -104,7 +114,7 @@ class Endpoint:
         path = Path(os.environ.get("ILR_CACHE") or "cache", digest[:2], f"{digest}.json")
         try:
             return json.loads(path.read_text(encoding="utf-8"))["value"]
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass
         for attempt in range(ATTEMPTS):
             if self.error:
@@ -113,41 +123,60 @@ class Endpoint:
             try:
                 # another seed, where the server knows seeds: the same question again would get the same reply
                 value = read(self.post(route, {**body, "seed": attempt} if "seed" in body else body))
-                write_text(path, dumps({"asked": body, "value": value}) + "\n")
-                return value
+                break
             except urllib.error.HTTPError as e:
                 error = f"HTTP {e.code}: {e.msg}"
                 if e.code not in (408, 409, 425, 429) and e.code < 500:
-                    break
+                    self.fail(attempt, error)
                 after = e.headers.get("Retry-After", "")
-                wait = max(wait, min(LONGEST_WAIT, int(after))) if after.isdigit() else wait
+                wait = max(wait, min(LONGEST_WAIT, int(after))) if re.fullmatch("[0-9]{1,6}", after) else wait
             except Unreadable as e:
                 error, wait = str(e), 0
             except OSError as e:
                 error = str(getattr(e, "reason", None) or e or type(e).__name__)
-            if attempt + 1 < ATTEMPTS and self.stop.wait(wait):
-                break
-        self.error = self.error or OSError(f"{self.url} ({self.model}), after {attempt + 1} of {ATTEMPTS} tries: {error}")
-        self.stop.set()
+            if attempt + 1 == ATTEMPTS:
+                self.fail(attempt, error)
+            self.stop.wait(wait)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")      # another process may ask the same
+        temporary.write_text(dumps({"asked": body, "value": value}) + "\n", encoding="utf-8")
+        temporary.replace(path)
+        return value
+
+    def fail(self, attempt, error):
+        text = printable(" ".join(error.replace(self.key or "\0", "[key]").split()))
+        text = text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
+        self.error = self.error or OSError(f"{self.url} ({self.model}), after {attempt + 1} of {ATTEMPTS} tries: {text}")
         raise self.error
 
     def ask_all(self, function, items, desc):
         """[function(item)], side by side. The first error ends the rest."""
-        from concurrent.futures import ThreadPoolExecutor, as_completed
         from tqdm import tqdm
-        items = list(items)
-        with ThreadPoolExecutor(min(self.concurrency, max(1, len(items)))) as pool:
-            futures = [pool.submit(function, item) for item in items]
-            try:
-                for future in tqdm(as_completed(futures), total=len(items), desc=desc, unit="request", mininterval=1,
-                                   disable=len(items) < 2):
-                    future.result()
-            except BaseException as e:
-                self.error = self.error or e
-                self.stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        return [future.result() for future in futures]
+        items, todo, done = list(items), queue.SimpleQueue(), queue.SimpleQueue()
+        for job in enumerate(items):
+            todo.put(job)
+
+        def work():
+            with contextlib.suppress(queue.Empty):
+                while not self.error:
+                    i, item = todo.get_nowait()
+                    try:
+                        done.put((i, function(item), None))
+                    except BaseException as e:
+                        done.put((i, None, e))
+        results = [None] * len(items)
+        for _ in range(min(self.concurrency, len(items))):
+            threading.Thread(target=work, daemon=True).start()       # a request under way keeps nobody from leaving
+        try:
+            for _ in tqdm(items, desc=desc, unit="request", mininterval=1, disable=len(items) < 2):
+                i, results[i], error = done.get()
+                if error:
+                    raise error
+        except BaseException as e:
+            self.error = self.error or e
+            self.stop.set()
+            raise
+        return results
 
     def embeddings(self, texts):
         """{text: list of floats}; line breaks become spaces, as in the release (experiments/ilr.py)."""
@@ -159,8 +188,11 @@ class Endpoint:
             if not any(vector) or not all(map(math.isfinite, vector)):
                 raise Unreadable("a reply without an embedding")
             return vector
-        return dict(zip(texts, self.ask_all(lambda text: self.ask(
-            "embeddings", {"model": self.model, "input": [text.replace("\n", " ")]}, read), texts, "embed")))
+        plain = {text: text.replace("\n", " ") or " " for text in texts}        # an empty input is an error to some
+        asked = list(dict.fromkeys(plain.values()))
+        found = dict(zip(asked, self.ask_all(lambda text: self.ask(
+            "embeddings", {"model": self.model, "input": [text]}, read), asked, "embed")))
+        return {text: found[plain[text]] for text in texts}
 
     def preferences(self, questions):
         """Which of two answers is better, asked in both orders: [(P(B | A=a, B=b), P(B | A=b, B=a))] of [(prompt, a, b)]."""
@@ -180,16 +212,16 @@ def probability_of_b(reply):
         raise Unreadable("a reply without a message") from None
     verdict = VERDICT.search(text[-200:])
     if not verdict:
-        raise Unreadable(f"a reply that does not end in A or B alone: {printable(text[-80:])!r}")
+        raise Unreadable(f"a reply that does not end in A or B alone: {text}")
     try:
         token = next(t for t in reversed(choice["logprobs"]["content"]) if t["token"].strip() in ("A", "B"))
         found = {"A": 0.0, "B": 0.0}
         for t in token["top_logprobs"]:
             if t["token"].strip() in found:
-                found[t["token"].strip()] += math.exp(min(0.0, t["logprob"]))
+                found[t["token"].strip()] += math.exp(min(0.0, float(t["logprob"])))
         if token["token"].strip() == verdict[1] and sum(found.values()) > 0:
             return found["B"] / (found["A"] + found["B"])
-    except (KeyError, TypeError, AttributeError, StopIteration):
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StopIteration):
         pass
     return float(verdict[1] == "B")
 
@@ -200,22 +232,24 @@ def printable(text):
     return "".join(c if c == "\n" or c.isprintable() else "\ufffd" for c in text.replace("\t", "    "))
 
 
-def ask_person(questions, log, seconds, seed):
+def ask_person(questions, open_log, seconds, seed):
     """Ask which of two answers is better, in an order drawn for each question, on the controlling terminal.
 
-    questions: [(key, prompt, a, b)]; log: a BatchLog of one result each, [key, prob_ab, prob_ba, seconds taken, order shown].
-    An answer that does not come within `seconds` is none: 0.5. Raises KeyboardInterrupt when the person leaves; what is
-    answered is kept.
+    questions: [(key, prompt, a, b)]; open_log(): a BatchLog of one result each, [key, prob_ab, prob_ba, seconds taken, order
+    shown], which is returned. An answer that does not come within `seconds` is none: 0.5. Raises KeyboardInterrupt when the
+    person leaves; what is answered is kept.
     """
     import select
-    import shutil
     import termios
     import textwrap
     import tty
     try:
         terminal = os.open("/dev/tty", os.O_RDWR)
     except OSError:
+        if not questions:
+            return open_log()
         raise InputError("--judge human needs a terminal") from None
+    log = open_log()
 
     def show(text):
         os.write(terminal, text.encode())
@@ -230,7 +264,7 @@ def ask_person(questions, log, seconds, seed):
     before = termios.tcgetattr(terminal)
     try:
         tty.setcbreak(terminal)
-        width = min(100, shutil.get_terminal_size().columns - 2)
+        width = max(20, min(100, os.get_terminal_size(terminal).columns - 4))
         for number in range(log.batches_done, len(questions)):
             id_, prompt, a, b = questions[number]
             order = random.Random(dumps([seed, id_])).choice(["ab", "ba"])
@@ -238,7 +272,8 @@ def ask_person(questions, log, seconds, seed):
             show(f"\033[2J\033[Hpair {number + 1} of {len(questions)}\n\n")
             for letter, text in texts:
                 lines = [part for line in printable(text).strip().split("\n") for part in textwrap.wrap(line, width) or [""]]
-                show((f"\n\033[1m--- {letter} ---\033[0m\n" if letter else "") + "\n".join(lines) + "\n")
+                # the bar tells an answer from what looks like the head of another one in it
+                show((f"\n\033[1m--- {letter} ---\033[0m\n| " + "\n| ".join(lines) if letter else "\n".join(lines)) + "\n")
             termios.tcflush(terminal, termios.TCIFLUSH)       # a key pressed twice answers one question
             start, pressed = time.monotonic(), ""
             show("\n")
@@ -258,3 +293,4 @@ def ask_person(questions, log, seconds, seed):
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
         show("\n")
         os.close(terminal)
+    return log

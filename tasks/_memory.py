@@ -26,9 +26,10 @@ def activation_bytes(config, size, tokens, row_tokens, labelled, checkpointing):
     a quarter of what autograd really keeps under sdpa (tests/test_memory.py). A checkpointed layer keeps at most twice its
     input, and one at a time keeps all of that. The head keeps logits in the model's type and, in fp32, a copy and two gradients.
     """
-    h, heads = config.hidden_size, config.num_attention_heads
+    h, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
     a = heads * (getattr(config, "head_dim", None) or h // heads)
-    layer, layers = size * tokens * (10 * h + 6 * a + 4 * config.intermediate_size + row_tokens), config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", None) or 4 * h
+    layer, layers = size * tokens * (10 * h + 6 * a + 4 * inner + row_tokens), config.num_hidden_layers
     kept = (2 * layers + 4) * size * tokens * h + layer if checkpointing else layers * layer
     return kept + round(tokens * labelled * config.vocab_size * (size + 12))
 
@@ -72,7 +73,8 @@ def lacks_memory(error):
 
 def attempts(model, args):
     """Tries at one optimizer batch. `for attempt in attempts(model, args): with attempt: ...` does its body again with half the
-    --micro-tokens whenever memory runs out; the batch is the same, and so is its gradient."""
+    --micro-tokens whenever memory runs out; the batch is the same, and so is its gradient. The body begins with letting go of its
+    tensors: what a failed try has computed would be in the way of the next."""
     import torch
     done = []
 
@@ -85,11 +87,11 @@ def attempts(model, args):
             tokens = max(args.micro_tokens, args.row_tokens) // 2
             if not lacks_memory(e) or tokens < 64:
                 raise
-        if not done:
             args.micro_tokens, args.row_tokens = tokens, min(args.row_tokens, tokens)
             print(f"out of memory: going on with --micro-tokens {tokens}")
+    while not done:
+        yield attempt()
+        if not done:        # out here the error is gone, and with it the frames that it held
             model.zero_grad(set_to_none=True)
             gc.collect()
             torch.cuda.empty_cache()
-    while not done:
-        yield attempt()

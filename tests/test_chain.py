@@ -201,12 +201,20 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5",
-                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=x"])
+                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
     assert refused.returncode == 2 and refused.stderr.startswith(f"run_ilr.sh: error: {name} is '{value}': expected ")
     assert len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"JUDGE": "https://h/v1"}, "JUDGE_MODEL is '': expected the model"), ({"WEAK_ACCURACY": "0.5"}, "WEAK_ACCURACY is '0.5': expected 0"),
+    ({"ILR_JUDGE_URL": "https://h/v1?key=secret"}, "ILR_JUDGE_URL is"), ({"EMBEDDER": "https://u@h/v1"}, "EMBEDDER is")])
+def test_settings_that_would_fail_after_days_are_refused_at_once(settings, message, tmp_path):
+    refused = call(tmp_path / "run", tmp_path / "bases", "saferpaca", **settings)
+    assert refused.returncode == 2 and message in refused.stderr and list(tmp_path.iterdir()) == []
 
 
 def test_four_bits_without_adapters_are_refused_at_once(tmp_path):

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import ROOT, rows, run
+from conftest import ROOT, Interrupted, interrupt_after, rows, run
 from kill_test import call, finished_run
 
 import compare
@@ -93,6 +94,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("ILR_JUDGE_URL", server.url)
     monkeypatch.setenv("ILR_JUDGE_MODEL", "m")
     monkeypatch.setenv("ILR_JUDGE_KEY", "sk-secret")
+    monkeypatch.setenv("ILR_COMPARE_KEY", "sk-compare")
     monkeypatch.setattr(saferpaca, "grades", {})
     monkeypatch.setattr(_judges, "LONGEST_WAIT", 0.05)
     yield server
@@ -160,9 +162,11 @@ def test_a_reply_without_a_verdict_is_asked_for_with_another_seed(server):
 
 @pytest.mark.parametrize("says, message, most", [
     ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}), r"after 1 of 3 tries: HTTP 401: .*wrong key \[key\]", 1),
+    ((400, "x" * 65530 + "sk-secret" * 100, {}), "after 1 of 3 tries: HTTP 400: xxx", 1), ((200, "you sent Bearer sk-secret", {}), r"you sent Bearer \[key\]", 3),
+    (chat("you sent Bearer sk-secret"), r"you sent Bearer \[key\]", 3), ((503, "busy", {"Retry-After": "\u00b2"}), "HTTP 503: busy", 3),
     ((307, "", {"Location": "http://127.0.0.1:1/"}), "after 1 of 3 tries: HTTP 307", 1),
-    ((500, "down", {}), "after 3 of 3 tries: HTTP 500: down", 3), ((200, "nonsense", {}), "3 tries: the reply is not JSON: 'nonsense'", 3),
-    ((200, "[" * 10**6, {}), "3 tries: the reply is not JSON", 3), (chat("Neither \x1b[2J"), "does not end in A or B alone: 'Neither", 3),
+    ((500, "down", {}), "after 3 of 3 tries: HTTP 500: down", 3), ((200, "nonsense", {}), "3 tries: the reply is not JSON: nonsense", 3),
+    ((200, "[" * 10**6, {}), "3 tries: the reply is not JSON", 3), (chat("Neither \x1b[2J"), "does not end in A or B alone: Neither", 3),
     (None, "3 tries: ", 3)])
 def test_a_server_that_never_answers_well_ends_the_stage(server, monkeypatch, says, message, most):
     monkeypatch.setattr(_judges, "ATTEMPTS", 3)
@@ -210,8 +214,9 @@ def test_requests_are_side_by_side_but_bounded(server, monkeypatch):
 
 
 @pytest.mark.parametrize("url, model, names, message", [
-    ("ftp://x", "m", {}, "expected http"), ("https://key@host/v1", "m", {}, "without a user or a key"), ("http://", "m", {}, "expected http"),
-    ("http://h/v1", "", {}, "ILR_JUDGE_MODEL is not set"), ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
+    ("ftp://x", "m", {}, "expected http"), ("http://h/v1?api_key=secret", "m", {}, "without a user or a key"), ("http://[::1/v1", "m", {}, "expected http"),
+    ("http://h:abc/v1", "m", {}, "expected http"), ("https://key@host/v1", "m", {}, "without a user or a key"), ("http://", "m", {}, "expected http"),
+    ("http://h/v1", "", {}, "set ILR_JUDGE_MODEL"), ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
     ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "x"}, "from 1 to 1000"), ("http://h", "m", {"ILR_JUDGE_KEY": "a\nb"}, "word of ASCII"),
     ("http://h", "m", {"ILR_JUDGE_KEY": "\u00e9"}, "word of ASCII")])
 def test_bad_settings(monkeypatch, url, model, names, message):
@@ -239,7 +244,7 @@ def test_an_endpoint_judges(server, tmp_path):
     argv = ["score", "--judge", server.url, "--task", "arithmetic", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
     run(compare, *argv, "--judge-model", "small", "--out", tmp_path / "c.jsonl")
     assert [c["prob_b"] for c in rows(tmp_path / "c.jsonl")] == [0, 0.5, 1, 0, 0.5, 1, 0, 0.5]
-    assert {b["model"] for _, b, _ in server.requests} == {"small"}
+    assert {(b["model"], h["Authorization"]) for _, b, h in server.requests} == {("small", "Bearer sk-compare")}      # not the grader's key
     summary = json.loads((tmp_path / "c.jsonl.summary").read_text())
     assert summary["asked"] == 8 and summary["flip_rate"] == 3 / 8
 
@@ -249,7 +254,7 @@ def test_agreement_by_embeddings(server, tmp_path, tiny, monkeypatch):
     completions(tmp_path / "a.jsonl", words)
     completions(tmp_path / "b.jsonl", ["fine cats are", "a dog", "the tea", "yes", "wasp", "lake", "sands", "sun"])
     monkeypatch.setenv("ILR_EMBEDDER_KEY", "sk-embed")
-    argv = ["score", "--judge", server.url, "--task", "saferpaca", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
+    argv = ["score", "--judge", server.url, "--judge-model", "m", "--task", "saferpaca", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
     with pytest.raises(InputError, match="name an --embedder"):
         run(compare, *argv, "--out", tmp_path / "none.jsonl")
     run(compare, *argv, "--embedder", server.url, "--out", tmp_path / "c.jsonl")
@@ -270,6 +275,47 @@ def test_agreement_by_embeddings(server, tmp_path, tiny, monkeypatch):
     median = sorted(alike)[3] / 2 + sorted(alike)[4] / 2
     assert min(abs(x - median) for x in alike) > 1e-5       # fp32 against float64: no pair so near that they could part
     assert [c["agree"] for c in comparisons] == [x > median for x in alike]
+
+
+def test_empty_texts_and_equal_ones_are_embedded(server):
+    found = endpoint(server).embeddings(["", "a\nb", "a b", " "])
+    assert len(server.requests) == 2 and found["a\nb"] == found["a b"] and found[""] == found[" "]
+
+
+def test_a_resumed_score_never_mixes_other_questions(tmp_path, tiny, tokenizer, monkeypatch):
+    """Which pairs are asked about may change between a kill and a restart: then the answers so far are of no use."""
+    folder = tmp_path / "judge"
+    compare.open_model(tiny / "model", torch.device("cpu"), "AutoModelForSequenceClassification", num_labels=2).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "judge.json").write_text("{}")
+    completions(tmp_path / "a.jsonl", list("abcdefgh"))
+    completions(tmp_path / "b.jsonl", list("ijklmnop"))
+    argv = ["score", "--judge", folder, "--task", "saferpaca", "--embedder", "x", "--batch-size", 1, "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
+    for agree, out in ((4, "c"), (5, "c"), (5, "d")):
+        monkeypatch.setattr(compare, "agreements", lambda args, task, pairs: [(i * 3) % 8 < agree for i in range(8)])
+        with monkeypatch.context() as m:
+            if agree == 4:
+                interrupt_after(m, compare, "probabilities", 2)
+                with pytest.raises(Interrupted):
+                    run(compare, *argv, "--out", tmp_path / f"{out}.jsonl")
+            else:
+                run(compare, *argv, "--out", tmp_path / f"{out}.jsonl")
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "d.jsonl").read_bytes()
+
+
+def test_leaving_does_not_wait_for_the_server(server, tmp_path):
+    waiting = threading.Event()
+    server.says = lambda *_: waiting.wait(60) and None
+    completions(tmp_path / "a.jsonl", ["a"] * 8)
+    completions(tmp_path / "b.jsonl", ["b"] * 8)
+    process = subprocess.Popen([sys.executable, "compare.py", "score", "--judge", server.url, "--judge-model", "m", "--task", "arithmetic", "--a",
+                                tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not server.requests:
+        time.sleep(0.05)
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(40) == 130 and time.monotonic() - start < 20 and "interrupted" in process.stderr.read().splitlines()[-1]
+    waiting.set()
 
 
 def test_an_embedder_that_answers_nonsense(server, monkeypatch):
@@ -319,7 +365,7 @@ class Terminal:
 def test_a_person_judges_leaves_and_comes_back(tmp_path):
     problems = [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", 7, 0))]
     completions(tmp_path / "a.jsonl", [p["completion"] for p in problems], problems)
-    completions(tmp_path / "b.jsonl", [problems[0]["completion"], *(f"worse\x1b[2J {i}\n#### -{i}" for i in range(1, 7))], problems)
+    completions(tmp_path / "b.jsonl", [problems[0]["completion"], *(f"worse\x1b[2J {i}\n--- B ---\n#### -{i}" for i in range(1, 7))], problems)
     argv = ["--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl", "--seconds-per-pair", 30]
     one, shown, order = Terminal(*argv), {}, []
 
@@ -327,7 +373,8 @@ def test_a_person_judges_leaves_and_comes_back(tmp_path):
         screen = terminal.until("answers so far are kept. 0:")
         assert f"pair {number} of 6" in screen       # the one that agrees is not asked about
         assert "worse\x1b" not in screen and "worse\ufffd[2J" in screen      # what a model writes does not steer the terminal
-        a, b = SCREEN.search(screen).groups()
+        assert screen.count("| --- B ---") == 1       # nor pass for the other answer
+        a, b = SCREEN.search(screen.replace("| --- B ---", "")).groups()
         id_, = [p["id"] for p in problems if " ".join(p["prompt"].split())[:40] in " ".join(screen.split())]
         shown[id_] = "worse" in a
         order.append(id_)
@@ -405,7 +452,7 @@ def test_a_failing_judge_leaves_no_file(server, tmp_path, monkeypatch, capsys):
         evaluate.run_stage(evaluate.parser(), evaluate.main, ["grade", "--task", "saferpaca", "--data", str(tmp_path / "a.jsonl"),
                                                               "--out", str(tmp_path / "g.jsonl")])
     assert e.value.code == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
-    assert "does not end in A or B alone: 'I would rather not.'" in capsys.readouterr().err.splitlines()[-1]
+    assert "does not end in A or B alone: I would rather not." in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_judge_pairs_follow_the_release():

@@ -1,5 +1,6 @@
 """tasks/_memory.py: the plan against what autograd and the optimizers really keep; refusals; smaller micro-batches."""
 import re
+import weakref
 
 import pytest
 import torch
@@ -136,6 +137,34 @@ def test_a_smaller_micro_batch_changes_no_gradient(tiny, problems, train_argv, t
         assert "out of memory: going on with --micro-tokens 256" in capsys.readouterr().out
 
 
+def test_a_failed_try_holds_no_tensors(tiny, problems, train_argv, tmp_path, monkeypatch):  # noqa: F811
+    """When the next try begins, the graph of the one that failed, here in its backward pass, is gone."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:8])
+    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "#### 1"} for p in problems[:6]])
+    for stage, function, argv in (
+            (sft, "completion_logps", ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
+            (dpo, "sequence_logps", ["--model", tiny / "model", "--data", tmp_path / "p.jsonl", "--epochs", 1]),
+            (compare, "judge_logits", [*train_argv, "--batch-size", 64, "--epochs", 1])):
+        original, made, held = getattr(stage, function), [], []
+
+        def watched(model, batch, *more, original=original, made=made, held=held):
+            result = original(model, batch, *more)
+            if not model.training:
+                return result
+            held.append(sum(ref() is not None for ref in made))
+            tensor = next(t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad)
+            made.append(weakref.ref(tensor))
+            if batch["input_ids"].numel() > 300:
+                def fail(gradient):
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                tensor.register_hook(fail)
+            return result
+        with monkeypatch.context() as m:
+            m.setattr(stage, function, watched)
+            run(stage, *argv, "--out", tmp_path / stage.__name__)
+        assert len(held) > 4 and held[:3] == [0, 0, 0], (stage, held)
+
+
 def test_memory_that_never_suffices_is_an_error(tiny, problems, tmp_path, monkeypatch, capsys):
     write_jsonl(tmp_path / "d.jsonl", problems[:4])
     argv = ["--model", str(tiny / "model"), "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "m")]
@@ -188,6 +217,12 @@ def test_device_bytes_of_a_gpu():
     before = _memory.device_bytes(device)
     held = torch.empty(1 << 28, device=device)
     assert before == pytest.approx(_memory.device_bytes(device), rel=0.02) and held.numel()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gpt_neox", "mamba", "phi"])
+def test_other_families_have_a_plan_too(family):
+    from transformers import AutoConfig
+    assert _memory.activation_bytes(AutoConfig.for_model(family), 2, 1024, 256, 0.5, True) > 1e6
 
 
 def test_device_bytes_of_this_machine():

@@ -161,6 +161,33 @@ def test_learns_by_heart_and_stops(family, chat, tmp_path):
     assert [(a["completion"], a["truncated"]) for a in rows(tmp_path / "o.jsonl")] == [(r["completion"], False) for r in records]
 
 
+@pytest.mark.parametrize("template, ends", [
+    # channels before the answer, as gpt-oss has them; a template that opens no answer; one that thinks first
+    ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>"),
+    ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
+    (QWEN.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>a long thought</think>"), "<|im_end|>"),
+    ("{{ raise_exception('no') }}", None), ("{% if %}", None)])
+def test_unusual_chat_templates(template, ends, tmp_path):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path / "t")
+    if ends:
+        assert sft.open_tokenizer(tmp_path / "t", chat_template=True).eos_token == ends
+    else:
+        with pytest.raises(InputError, match="--chat-template: that of .* refuses"):
+            sft.open_tokenizer(tmp_path / "t", chat_template=True)
+
+
+def test_a_template_that_repeats_the_question(tmp_path):
+    tokenizer = make_tokenizer("qwen3")
+    tokenizer.chat_template = QWEN.replace("{{ m.content }}", "{{ m.content }} once more: {{ m.content }}")
+    tokenizer.save_pretrained(tmp_path / "t")
+    tokenizer = sft.open_tokenizer(tmp_path / "t", chat_template=True)
+    assert "why? once more: why?" in tokenizer.decode(sft.encode_prompt(tokenizer, "why?"))
+    with pytest.raises(InputError, match="repeats the question"):
+        sft.encode_prompt(tokenizer, "why <|im_end|>?")
+
+
 def test_a_base_model_has_no_chat_template(tiny, problems, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", problems[:2])
     with pytest.raises(InputError, match="--chat-template: .* has none"):
@@ -245,6 +272,33 @@ def test_gradients_through_four_bits_in_dpo(wide, problems, tmp_path, monkeypatc
     for at, more in ((wide, ["--load-in-4bit"]), (tmp_path / "same", [])):
         run(dpo, "--model", at, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4, "--out", tmp_path / f"m{len(found)}", *more)
     assert_same_gradients(*found)
+
+
+def test_small_changes_survive_four_bits(wide, problems, tmp_path):
+    """What a paper's learning rate changes is less than a step of 4 bits: the folder is opened as its base and adapters."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:8])
+    four = ["--load-in-4bit", "--lora-rank", 4]
+    run(sft, "--model", wide, "--data", tmp_path / "d.jsonl", "--epochs", 4, "--lr", 1e-4, *four, "--save-every", 0.5, "--out", tmp_path / "m")
+    ids = torch.randint(3, 24, (2, 9), generator=torch.Generator().manual_seed(0))
+
+    def logits(folder, **more):
+        return sft.open_model(folder, CPU, **more)(input_ids=ids).logits
+    base, trained = logits(wide, load_in_4bit=True), logits(tmp_path / "m")
+    assert (trained - base).abs().max() > 1e-3
+    # fp32 logits of size 1, summed in another order
+    assert (logits(tmp_path / "m", load_in_4bit=True) - trained).abs().max() < 2e-5
+    assert (logits(tmp_path / "m/checkpoint-50", load_in_4bit=True) - trained).abs().max() > 1e-4
+    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in problems[:4]])
+    run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--lr", 1e-5, *four, "--out", tmp_path / "n")
+    assert rows(tmp_path / "n/metrics.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
+    after = logits(tmp_path / "n")          # the SFT adapters, trained on
+    assert 1e-5 < (after - trained).abs().max() < 0.1 * (after - base).abs().max()
+    assert (logits(tmp_path / "n", load_in_4bit=True) - after).abs().max() < 2e-5
+    with pytest.raises(InputError, match="adapters of rank 4"):
+        run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--load-in-4bit", "--lora-rank", 8, "--out", tmp_path / "o")
+    (tmp_path / "n/adapters.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match="not adapters that a stage wrote"):
+        logits(tmp_path / "n", load_in_4bit=True)
 
 
 @pytest.mark.parametrize("stage", [sft, dpo])

@@ -1,0 +1,180 @@
+"""Models and their tokens, once for trainers, sampler and judge: opening, adapters, 4-bit weights, saving, and the token ids of
+prompts and completions, which are the same in training, generation and judging."""
+import gc
+from pathlib import Path
+
+from tasks import InputError, question_of
+
+
+def pick_device(name):
+    import torch
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    return device
+
+
+def open_pretrained(auto_class, path, **kwargs):
+    """`auto_class.from_pretrained`, safetensors only and without remote code; a folder that is no model is bad input."""
+    from safetensors import SafetensorError
+    try:
+        return auto_class.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"{path}: not a model folder or hub name ({str(e).strip().splitlines()[0]})") from None
+
+
+def open_tokenizer(path, chat_template=False):
+    """The tokenizer of a folder. With `chat_template` its prompts become turns of a conversation, and its EOS the token that
+    ends a turn."""
+    from transformers import AutoTokenizer
+    tokenizer = open_pretrained(AutoTokenizer, path)
+    gc.freeze()
+    gc.enable()
+    tokenizer.as_chat = chat_template
+    if chat_template:
+        if not tokenizer.chat_template:
+            raise InputError(f"--chat-template: {path} has none; a base model gets the plain prompt format")
+        import jinja2
+        try:
+            turns = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}] for answer in "bc"]
+            b, c = (tokenizer.apply_chat_template(turn, return_dict=False) for turn in turns)
+            chat_prompt(tokenizer, "a")
+        except jinja2.TemplateError as e:
+            raise InputError(f"--chat-template: that of {path} refuses a question and its answer ({e})") from None
+        at, added = next((i for i, (x, y) in enumerate(zip(b, c)) if x != y), len(b)), tokenizer.added_tokens_decoder
+        tokenizer.eos_token = next((added[i].content for i in b[at:] if i in added and added[i].special), tokenizer.eos_token)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: the tokenizer has no EOS token")
+    return tokenizer
+
+
+def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **kwargs):
+    """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked. What
+    adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters."""
+    import torch
+    import transformers
+    adapters = read_adapters(path) if load_in_4bit else None
+    if adapters:
+        model = open_model(adapters.pop("base"), device, load_in_4bit=True)
+        add_lora(model, next(len(tensor) for name, tensor in adapters.items() if name.endswith("lora_A")))
+        model.load_state_dict(adapters, strict=False)
+        return model
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
+                                  output_loading_info=True, **kwargs)
+    if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
+        raise InputError(f"{path}: a judge, not a language model")
+    missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
+    if missing:
+        raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    if load_in_4bit:
+        import bitsandbytes as bnb
+        for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
+            small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
+                                      quant_type="nf4", device="meta")
+            small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
+            small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
+            model.set_submodule(name, small)
+    return model.to(device)
+
+
+def read_adapters(folder):
+    """{"base": model that they belong to, parameter: tensor} of a folder that `save_model` wrote from 4-bit weights, else None."""
+    from safetensors import SafetensorError, safe_open
+    path = Path(folder) / "adapters.safetensors"
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as f:
+            return {"base": f.metadata()["base"], **{name: f.get_tensor(name) for name in f.keys()}}
+    except (OSError, SafetensorError, TypeError, KeyError) as e:
+        raise InputError(f"{path}: not adapters that a stage wrote ({e})") from None
+
+
+def inner_linears(model, flag):
+    """[(name, linear layer)] of all linear layers but the head."""
+    import torch
+    found = [(name, layer) for name, layer in model.named_modules()
+             if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings()]
+    if not found:
+        raise InputError(f"{flag}: the model has no linear layers")
+    return found
+
+
+def add_lora(model, rank):
+    """Freeze the model and give every linear layer but the head an adapter (LoRA, arXiv 2106.09685, equation 3):
+    y = Wx + 2 BAx, so alpha = 2 rank as in the paper; A (rank, in) and B (out, rank) in fp32, B = 0 at the start."""
+    import torch
+
+    class LoraLinear(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, where = base, dict(device=base.weight.device, dtype=torch.float32)
+            self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **where))
+            self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **where))
+            torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+
+        def forward(self, x):
+            return self.base(x) + 2 * (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
+
+    present = [p for name, p in model.named_parameters() if name.endswith("lora_A")]
+    if present:         # opened with adapters: they are trained on
+        if len(present[0]) != rank:
+            raise InputError(f"--lora-rank {rank}: the model has adapters of rank {len(present[0])}")
+        return
+    model.requires_grad_(False)
+    for name, layer in inner_linears(model, "--lora-rank"):
+        model.set_submodule(name, LoraLinear(layer))
+
+
+def save_model(model, tokenizer, folder):
+    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights. Of 4-bit weights it is their full
+    width, and the adapters stand beside it once more (open_model)."""
+    from safetensors.torch import save_file
+    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+             if "lora_" not in name and ".weight." not in name}      # weight.absmax, ...: what 4 bits are read by
+    adapters = {}
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A"):
+            weight, quantized = layer.base.weight.detach(), getattr(layer.base.weight, "quant_state", None)
+            if quantized is not None:
+                import bitsandbytes as bnb
+                weight = bnb.functional.dequantize_4bit(weight, quantized)
+                adapters.update({f"{name}.lora_A": layer.lora_A.detach().cpu(), f"{name}.lora_B": layer.lora_B.detach().cpu()})
+            state[f"{name}.weight"] = (weight + 2 * (layer.lora_B @ layer.lora_A).detach()).to(weight.dtype).cpu()
+    model.save_pretrained(folder, state_dict=state)
+    if adapters:
+        base = model.name_or_path
+        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": str(Path(base).resolve()) if Path(base).exists() else base})
+    tokenizer.save_pretrained(folder)
+
+
+def text_ids(tokenizer, text):
+    """Token ids of plain text: a "</s>" that a model wrote is five characters here, never the end of a sequence."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+
+def chat_prompt(tokenizer, question):
+    """Token ids of one question in the model's own chat format."""
+    spelled_out = any(t.special and t.content in question for t in tokenizer.added_tokens_decoder.values())
+    a, b = (tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False)
+            for text in (["a", "b"] if spelled_out else [question] * 2))
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), len(a))
+    if a[at + 1:] != b[at + 1:]:
+        raise InputError("--chat-template: this one repeats the question or depends on it, and the question spells out a special token")
+    return a[:at] + text_ids(tokenizer, question) + a[at + 1:] if spelled_out else a      # special tokens spelled out are text
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt, BOS first where the tokenizer has one: the same in training, generation and judging."""
+    if getattr(tokenizer, "as_chat", False):
+        return chat_prompt(tokenizer, question_of(prompt))
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + text_ids(tokenizer, prompt)
+
+
+def encode_completion(tokenizer, completion):
+    """Token ids of a completion, EOS last. Tokenized apart from the prompt, so that the border never merges."""
+    return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
