@@ -25,7 +25,7 @@ from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, ma
                    read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
 from tasks._judges import Endpoint, ask_person, average_orders
 from tasks._memory import attempts, check_memory
-from tasks._models import encode_completion, encode_prompt, open_model, open_pretrained, open_tokenizer, pick_device
+from tasks._models import encode_completion, encode_prompt, mean_pooled, open_model, open_tokenizer, pick_device
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -219,31 +219,6 @@ def train(args):
 
 
 # ---------------------------------------------------------------- score
-def embed(args, texts):
-    """{text: embedding} by --embedder: an endpoint, or the mean of a local model's last hidden states over a text's tokens."""
-    import torch
-    if args.embedder.startswith(("http://", "https://")):
-        model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
-        return {t: torch.tensor(v) for t, v in Endpoint(args.embedder, model, "ILR_EMBEDDER").embeddings(texts).items()}
-    from tqdm import tqdm
-    from transformers import AutoTokenizer
-    device, found = pick_device(args.device), {}
-    tokenizer = open_pretrained(AutoTokenizer, args.embedder)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model = open_model(args.embedder, device, "AutoModel").eval()
-    texts = sorted(texts, key=lambda t: (len(t), t))
-    for start in tqdm(range(0, len(texts), 64), desc=f"embed {short(args.out)}", unit="batch", mininterval=1, leave=False):
-        block = texts[start:start + 64]
-        batch = tokenizer([t or " " for t in block], padding=True, padding_side="right", truncation=True,
-                          max_length=min(tokenizer.model_max_length, 1024), return_tensors="pt").to(device)
-        with torch.inference_mode():
-            hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
-        mask = batch["attention_mask"][..., None]
-        found.update(zip(block, ((hidden * mask).sum(1) / mask.sum(1)).cpu()))
-    return found
-
-
 def agreements(args, task, pairs):
     """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
     equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
@@ -253,7 +228,12 @@ def agreements(args, task, pairs):
     if not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
     import torch
-    vectors = embed(args, sorted({r["completion"] for pair in pairs for r in pair}))
+    vectors = sorted({r["completion"] for pair in pairs for r in pair})
+    if args.embedder.startswith(("http://", "https://")):
+        model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
+        vectors = {t: torch.tensor(v) for t, v in Endpoint(args.embedder, model, "ILR_EMBEDDER").embeddings(vectors).items()}
+    else:
+        vectors = mean_pooled(args.embedder, vectors, pick_device(args.device))
     alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
     median = statistics.median(alike)
     return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
@@ -325,8 +305,10 @@ def score(args):
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, comparisons)
     folder.unlink(missing_ok=True)
-    print(f"{args.out}: {result['pairs']} pairs, {result['asked']} asked, {result['flip_rate']:.1%} flip with the order, position "
-          f"bias {result['position_bias']:.3f}" + (f", accuracy {result['accuracy']:.1%} on the {result['decisive']} with one right "
+    said = (f", {result['flip_rate']:.1%} flip with the order, position bias {result['position_bias']:.3f}" if result["flip_rate"] is not None
+            else f", {result['unanswered']} without an answer, the first shown chosen in {result['chose_first'] or 0:.1%} of the others"
+            if "unanswered" in result else "")
+    print(f"{args.out}: {result['pairs']} pairs, {result['asked']} asked{said}" + (f", accuracy {result['accuracy']:.1%} on the {result['decisive']} with one right "
                                                    "side" if result.get("decisive") else ""))
 
 
@@ -366,8 +348,11 @@ def measure(task, comparisons):
     accuracy: over the `decisive` pairs, of which exactly one side is right, how often the judge prefers it (0.5: half).
     """
     asked = [c for c in comparisons if not c["agree"]]
-    result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": 0.0, "position_bias": 0.0}
-    if asked:
+    result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": None, "position_bias": None}
+    if asked and "shown" in asked[0]:       # a person is asked once
+        first = [c["prob_b"] == (c["shown"] == "ba") for c in asked if c["prob_b"] != 0.5]
+        result.update(unanswered=len(asked) - len(first), chose_first=sum(first) / len(first) if first else None)
+    elif asked:
         result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
         result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
     sides = [[{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")]

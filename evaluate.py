@@ -102,7 +102,7 @@ def config(args):
            "versions": {"python": platform.python_version(), **{
                name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}}
     path = Path(args.run) / "config.json"
-    if path.exists():
+    if path.exists() and any(Path(args.run).glob("seed_*/*/*")):        # else nothing was made under the old settings
         flat = [{**c.get("settings", {}), "code": c.get("code"), **c.get("versions", {})} for c in (load_json(path), now)]
         changed = [f"{k} was {flat[0].get(k)!r}, is {flat[1].get(k)!r}" for k in {**flat[0], **flat[1]}
                    if flat[0].get(k) != flat[1].get(k) and k not in MAY_GROW]
@@ -262,10 +262,10 @@ def write_report(run, data, times, settings):
                                   f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%.\n"] if data["judges"] else []),
              "On the pairs it was really asked about:\n",
              table(["", "comparisons asked", "accuracy on pairs with one right side (%)", "order-flip rate (%)",
-                    "position bias", "replaced labels / pairs kept", "share of all (%)", "share of disagreements (%)",
+                    "position bias (%)", "replaced labels / pairs kept", "share of all (%)", "share of disagreements (%)",
                     "precision of replacement (%)"],
                    [[p, average(c, "asked", False), average(c, "accuracy"), average(c, "flip_rate"),
-                     f"{sum(s['position_bias'] for s in c.values()) / len(c):.3f}",
+                     average(c, "position_bias"),
                      *(average(data["refinements"].get(p, {}), k, k != "kept") for k in
                        ("kept", "share_of_all", "share_of_asked", "precision"))]
                     for m in methods for p in points_of(data, m).values() for c in [data["comparisons"].get(p, {})] if c])]

@@ -177,7 +177,7 @@ def download(url, digest, file):
                 chunks.append(chunk)
                 bar.update(len(chunk))
     except OSError as e:
-        raise InputError(f"{url}: {e}; put {file} into a folder and name it with --data-dir") from None
+        raise InputError(f"{url}: {e}; put {file} into a folder and name it with --data-dir (run_ilr.sh: DATA_DIR)") from None
     data = b"".join(chunks)
     if not digest(data):
         raise InputError(f"{url}: it is not the file that is expected here (its hash differs)")

@@ -70,10 +70,12 @@ class Endpoint:
         except ValueError:
             good = False
         if not good:
-            raise InputError(f"the endpoint of {prefix}_KEY: expected http(s)://host/..., without a user or a key in it")
+            raise InputError("the endpoint's URL: expected http(s)://host/..., without a user, a key or a query in it")
+        if url.rstrip("/").endswith(("/chat/completions", "/embeddings")):
+            raise InputError("the endpoint's URL ends before /chat/completions or /embeddings, as a rule in /v1")
         if not model:
             raise InputError(f"the model behind {url} has no name: set {prefix}_MODEL, or --judge-model for --judge")
-        self.url, self.model, self.key = url.rstrip("/"), model, os.environ.get(f"{prefix}_KEY", "")
+        self.url, self.model, self.prefix, self.key = url.rstrip("/"), model, prefix, os.environ.get(f"{prefix}_KEY", "")
         try:
             self.key.encode("ascii")
             self.concurrency = int(os.environ.get("ILR_JUDGE_CONCURRENCY", 16))
@@ -82,6 +84,7 @@ class Endpoint:
         if not 1 <= self.concurrency <= 1000 or re.search(r"\s", self.key):
             raise InputError(f"{prefix}_KEY must be a word of ASCII, and ILR_JUDGE_CONCURRENCY a number from 1 to 1000")
         self.open, self.stop, self.error = urllib.request.build_opener(NoRedirect).open, threading.Event(), None
+        self.undecided = 0
 
     def post(self, route, body):
         """One request: the reply's JSON object. Raises OSError, its text without the key."""
@@ -107,9 +110,10 @@ class Endpoint:
         except (ValueError, RecursionError):
             raise OSError(f"the reply is not JSON: {data.decode('utf-8', 'replace')}") from None
 
-    def ask(self, route, body, read):
+    def ask(self, route, body, read, about="", undecided=None):
         """`read(reply)` of a reply, from the cache where it was asked before. Busy and failing servers are asked again, after a
-        growing wait; so is one whose reply is Unreadable. Raises OSError when that does not help."""
+        growing wait; so is one whose reply is Unreadable. When that does not help, raises OSError, naming what it was about; or, for
+        Unreadable replies and with ILR_JUDGE_UNDECIDED=1, returns `undecided`."""
         digest = hashlib.sha256(json.dumps([self.url, route, body], sort_keys=True).encode()).hexdigest()
         path = Path(os.environ.get("ILR_CACHE") or "cache", digest[:2], f"{digest}.json")
         try:
@@ -126,21 +130,29 @@ class Endpoint:
                 break
             except urllib.error.HTTPError as e:
                 error = f"HTTP {e.code}: {e.msg}"
+                if e.code in (401, 403):
+                    error = f"{self.prefix}_KEY {'is refused' if self.key else 'is not set'}: {error}"
                 if e.code not in (408, 409, 425, 429) and e.code < 500:
                     self.fail(attempt, error)
                 after = e.headers.get("Retry-After", "")
                 wait = max(wait, min(LONGEST_WAIT, int(after))) if re.fullmatch("[0-9]{1,6}", after) else wait
             except Unreadable as e:
-                error, wait = str(e), 0
+                error, wait = f"{e} (asked about {about[:60]!r})", 0
+                if attempt + 1 == ATTEMPTS and undecided is not None and os.environ.get("ILR_JUDGE_UNDECIDED") == "1":
+                    self.undecided += 1
+                    return undecided        # not kept: another day it may decide
             except OSError as e:
                 error = str(getattr(e, "reason", None) or e or type(e).__name__)
             if attempt + 1 == ATTEMPTS:
                 self.fail(attempt, error)
             self.stop.wait(wait)
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")      # another process may ask the same
-        temporary.write_text(dumps({"asked": body, "value": value}) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(dumps({"asked": body, "value": value}) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as e:
+            raise OSError(f"ILR_CACHE, {path}: {e.strerror}") from None
         return value
 
     def fail(self, attempt, error):
@@ -199,7 +211,10 @@ class Endpoint:
         both = list(dict.fromkeys(x for prompt, a, b in questions for x in ((prompt, a, b), (prompt, b, a))))
         said = dict(zip(both, self.ask_all(lambda question: self.ask("chat/completions", {
             "model": self.model, "messages": [{"role": "user", "content": QUESTION.format(**dict(zip(("prompt", "a", "b"), question)))}],
-            "max_tokens": 512, "temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 5}, probability_of_b), both, "judge")))
+            "max_tokens": 512, "temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 5}, probability_of_b, about=question[0],
+            undecided=0.5), both, "judge")))
+        if self.undecided:
+            print(f"{self.undecided} of {len(both)} replies without a verdict count as 0.5 (ILR_JUDGE_UNDECIDED=1)")
         return [(said[prompt, a, b], said[prompt, b, a]) for prompt, a, b in questions]
 
 

@@ -1,9 +1,12 @@
 """Models and their tokens, once for trainers, sampler and judge: opening, adapters, 4-bit weights, saving, and the token ids of
 prompts and completions, which are the same in training, generation and judging."""
+import contextlib
 import gc
+import logging
 from pathlib import Path
 
 from tasks import InputError, question_of
+from tasks._memory import device_bytes
 
 
 def pick_device(name):
@@ -62,6 +65,13 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    need, have = 0, device_bytes(device)
+    with torch.device("meta"), contextlib.suppress(ValueError):      # its size, before gigabytes are fetched and read
+        outline = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path), dtype=dtype)
+        need = sum(p.numel() for p in outline.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1)
+    if need > have:
+        raise InputError(f"{path}: its weights alone take {need / 1e9:.3g} GB of the {have / 1e9:.3g} GB of {device}"
+                         + ("" if load_in_4bit else "; --load-in-4bit, with --lora-rank, takes a third"))
     model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
                                   output_loading_info=True, **kwargs)
     if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
@@ -71,6 +81,7 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **
         raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     if load_in_4bit:
         import bitsandbytes as bnb
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # that it lacks faster kernels on a CPU
         for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
             small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
                                       quant_type="nf4", device="meta")
@@ -178,3 +189,24 @@ def encode_prompt(tokenizer, prompt):
 def encode_completion(tokenizer, completion):
     """Token ids of a completion, EOS last. Tokenized apart from the prompt, so that the border never merges."""
     return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
+
+
+def mean_pooled(path, texts, device):
+    """{text: the mean of a model's last hidden states over the text's first 1,024 tokens, fp32 on the CPU}."""
+    import torch
+    from tqdm import tqdm
+    from transformers import AutoTokenizer
+    tokenizer, found = open_pretrained(AutoTokenizer, path), {}
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = open_model(path, device, "AutoModel").eval()
+    texts = sorted(texts, key=lambda t: (len(t), t))
+    for start in tqdm(range(0, len(texts), 64), desc="embed", unit="batch", mininterval=1, leave=False):
+        block = texts[start:start + 64]
+        batch = tokenizer([t or " " for t in block], padding=True, padding_side="right", truncation=True,
+                          max_length=min(tokenizer.model_max_length, 1024), return_tensors="pt").to(device)
+        with torch.inference_mode():
+            hidden = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state.float()
+        mask = batch["attention_mask"][..., None]
+        found.update(zip(block, ((hidden * mask).sum(1) / mask.sum(1)).cpu()))
+    return found

@@ -74,7 +74,7 @@ def from_hub(split):
         import pyarrow.parquet
         return pyarrow.parquet.read_table(huggingface_hub.hf_hub_download(*HUB[split], repo_type="dataset")).to_pylist()
     except Exception as e:      # no network, no access, no such file, no pyarrow: the library has an exception for each
-        print(f"{HUB[split][0]}: not from the hub ({type(e).__name__})")
+        print(f"{HUB[split][0]}: not from the hub ({'it needs `pip install pyarrow`' if isinstance(e, ImportError) else type(e).__name__})")
 
 
 def rows_of(split, folder):

@@ -98,7 +98,7 @@ def rows_of(split, folder):
 
 
 def main(args):
-    endpoint()       # what will be needed to grade is asked for now, not after days of training
+    endpoint().preferences([("Name a color.", "Blue.", "Seven.")])       # what grades is tried now, not after days of training
     out, folder = Path(args.out), Path(args.data_dir)
     records = {split: [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"], "reference": r["answer"],
                         "source": "gold", "category": r["category"]} for i, r in enumerate(rows_of(split, folder))]

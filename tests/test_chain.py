@@ -217,6 +217,13 @@ def test_settings_that_would_fail_after_days_are_refused_at_once(settings, messa
     assert refused.returncode == 2 and message in refused.stderr and list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_made_nothing_may_be_begun_anew(tmp_path):
+    failed = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=tmp_path / "nowhere", HF_HUB_OFFLINE=1, https_proxy="http://127.0.0.1:1")
+    assert failed.returncode == 2 and "run_ilr.sh: DATA_DIR" in failed.stderr
+    again = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=tmp_path / "elsewhere", https_proxy="http://127.0.0.1:1")
+    assert again.returncode == 2 and "another configuration" not in again.stderr and "elsewhere" in (tmp_path / "run/config.json").read_text()
+
+
 def test_four_bits_without_adapters_are_refused_at_once(tmp_path):
     refused = call(tmp_path / "run", tmp_path / "bases", "gsm8k", LOAD_IN_4BIT=1)
     assert refused.returncode == 2 and "LORA_RANK is '0': expected a rank above 0" in refused.stderr and list(tmp_path.iterdir()) == []

@@ -54,8 +54,11 @@ def test_config_refuses_another_configuration(tmp_path):
     about = json.loads(first)
     assert about["settings"] == {"TASK": "arithmetic", "ALPHA": "0.15", "ROUNDS": "3", "SEEDS": "0 1", "EMPTY": ""}
     assert {"python", "torch", "transformers"} <= set(about["versions"])
+    run(evaluate, "config", tmp_path, "TASK=gsm8k")        # nothing was made yet: begun anew
     run(evaluate, "config", tmp_path, *settings)
     assert (tmp_path / "config.json").read_bytes() == first
+    (tmp_path / "seed_0/data").mkdir(parents=True)
+    (tmp_path / "seed_0/data/train.jsonl").write_text("{}\n")
     for changed in (["TASK=arithmetic", "ALPHA=0.2", *settings[2:]], [s for s in settings if "ALPHA" not in s]):
         with pytest.raises(InputError, match="ALPHA was '0.15', is ") as e:
             run(evaluate, "config", tmp_path, *changed)
@@ -124,7 +127,7 @@ def test_report(run_folder):
     assert "DPO after round 2 minus SFT: **-5.0 ± 0.0** points." in text
     assert "its last round minus that one alone +0.0 ± 0.0 points." in text     # 7 and 9 of 20, after a start of 8
     assert "its last round): +25.0" in text and "its best round on these problems, 1, a choice in DPO's favor): +15.0" in text
-    assert "| ilr_1 | 30 | 75.0 | 10.0 | 0.050 | 4 | 10.0 | 13.3 | 50.0 |" in text
+    assert "| ilr_1 | 30 | 75.0 | 10.0 | 5.0 | 4 | 10.0 | 13.3 | 50.0 |" in text
     assert "accuracy 80.0%" in text and "| sft/train | 15 |" in text
     # deterministic: the same folder makes the same files
     before = {p.name: p.read_bytes() for p in run_folder.iterdir() if p.is_file()}

@@ -161,7 +161,7 @@ def test_a_reply_without_a_verdict_is_asked_for_with_another_seed(server):
 
 
 @pytest.mark.parametrize("says, message, most", [
-    ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}), r"after 1 of 3 tries: HTTP 401: .*wrong key \[key\]", 1),
+    ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}), r"after 1 of 3 tries: ILR_JUDGE_KEY is refused: HTTP 401: .*wrong key \[key\]", 1),
     ((400, "x" * 65530 + "sk-secret" * 100, {}), "after 1 of 3 tries: HTTP 400: xxx", 1), ((200, "you sent Bearer sk-secret", {}), r"you sent Bearer \[key\]", 3),
     (chat("you sent Bearer sk-secret"), r"you sent Bearer \[key\]", 3), ((503, "busy", {"Retry-After": "\u00b2"}), "HTTP 503: busy", 3),
     ((307, "", {"Location": "http://127.0.0.1:1/"}), "after 1 of 3 tries: HTTP 307", 1),
@@ -214,8 +214,8 @@ def test_requests_are_side_by_side_but_bounded(server, monkeypatch):
 
 
 @pytest.mark.parametrize("url, model, names, message", [
-    ("ftp://x", "m", {}, "expected http"), ("http://h/v1?api_key=secret", "m", {}, "without a user or a key"), ("http://[::1/v1", "m", {}, "expected http"),
-    ("http://h:abc/v1", "m", {}, "expected http"), ("https://key@host/v1", "m", {}, "without a user or a key"), ("http://", "m", {}, "expected http"),
+    ("ftp://x", "m", {}, "expected http"), ("http://h/v1/chat/completions", "m", {}, "ends before /chat"), ("http://h/v1?api_key=secret", "m", {}, "without a user, a key or a query"), ("http://[::1/v1", "m", {}, "expected http"),
+    ("http://h:abc/v1", "m", {}, "expected http"), ("https://key@host/v1", "m", {}, "without a user, a key or a query"), ("http://", "m", {}, "expected http"),
     ("http://h/v1", "", {}, "set ILR_JUDGE_MODEL"), ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
     ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "x"}, "from 1 to 1000"), ("http://h", "m", {"ILR_JUDGE_KEY": "a\nb"}, "word of ASCII"),
     ("http://h", "m", {"ILR_JUDGE_KEY": "\u00e9"}, "word of ASCII")])
@@ -394,7 +394,10 @@ def test_a_person_judges_leaves_and_comes_back(tmp_path):
     look(two, 6)
     two.press("B" if shown[order[-1]] else "A")
     assert two.end() == 0, two.seen
-    assert "6 asked" in two.seen and "accuracy 50.0%" in two.seen and order[2] == order[3]
+    assert "6 asked, 0 without an answer, the first shown chosen in" in two.seen and "accuracy 50.0%" in two.seen and order[2] == order[3]
+    summary = json.loads((tmp_path / "c.jsonl.summary").read_text())
+    chose_first = [s["shown"] for s in rows(tmp_path / "c.jsonl") if not s["agree"] and (s["prob_b"] == 1) == (s["shown"] == "ba")]
+    assert summary["flip_rate"] is None and summary["unanswered"] == 0 and summary["chose_first"] == len(chose_first) / 6
     comparisons = {c["id"]: c for c in rows(tmp_path / "c.jsonl")}
     order = list(dict.fromkeys(order))
     assert [comparisons[i]["prob_b"] for i in order] == [0, 0, 1, 1, 1, 0] and set(shown.values()) == {True, False}
@@ -455,6 +458,19 @@ def test_a_failing_judge_leaves_no_file(server, tmp_path, monkeypatch, capsys):
     assert "does not end in A or B alone: I would rather not." in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_replies_without_a_verdict_may_count_as_undecided(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ILR_JUDGE_UNDECIDED", "1")
+    server.says = lambda handler, route, body: chat("I cannot help with that.") if "Do 3." in str(body) else Server.good(handler, route, body)
+    completions(tmp_path / "a.jsonl", ["x"] * 8)
+    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "g.jsonl")
+    assert [r["correct"] for r in rows(tmp_path / "g.jsonl")] == [0.5 if i == 3 else 0 for i in range(8)]
+    assert "2 of 16 replies without a verdict count as 0.5" in capsys.readouterr().out and len(list((tmp_path / "cache").rglob("*.json"))) == 14
+    monkeypatch.delenv("ILR_JUDGE_UNDECIDED")
+    saferpaca.grades.clear()
+    with pytest.raises(OSError, match="I cannot help with that. .asked about 'USER:.*Do 3"):
+        run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl")
+
+
 def test_judge_pairs_follow_the_release():
     problems = {p["id"]: [{**p, "gold_completion": p["completion"], "completion": f"{source} {k} {p['id']}", "source": source}
                           for k in range(3) for source in ("general", "safety")] for p in instructions(10)}
@@ -491,7 +507,8 @@ def test_files_of_the_real_problems(server, tmp_path, monkeypatch):
     assert Counter(r["category"] for r in found["test"]) == {"general": 300, "safety": 278}
     assert found["test"][0]["prompt"] == f"USER:\n{source[0]['question']}\n\nASSISTANT:\n"
     assert max(len((r["prompt"] + r["completion"]).encode()) for r in found["test"]) < 5000
-    assert all(saferpaca.is_well_formed(r["completion"]) and saferpaca.grade(r) == 0.5 for r in found["test"]) and not server.requests
+    assert all(saferpaca.is_well_formed(r["completion"]) and saferpaca.grade(r) == 0.5 for r in found["test"])
+    assert len(server.requests) == 2      # the endpoint was tried, in both orders, and nothing graded
     monkeypatch.delenv("ILR_JUDGE_URL")
     with pytest.raises(InputError, match="ILR_JUDGE_URL is not set"):
         run(saferpaca, "--out", tmp_path / "x", "--data-dir", tmp_path / "in")
@@ -521,6 +538,6 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     for point in ("weak", "sft", "gold", "ilr_1", "dpo_1"):
         assert all(0 <= r["correct"] <= 1 for r in rows(run / point / "eval_1.graded.jsonl"))
     assert not list(run.glob("*/labels.graded.jsonl"))          # grading costs money: the test answers only
-    assert len(server.requests) <= 5 * 8 * 2
+    assert len(server.requests) <= 5 * 8 * 2 + 2
     report = (tmp_path / "run/report.md").read_text()
     assert "win rate" in report and "saferpaca" in report

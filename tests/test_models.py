@@ -301,6 +301,15 @@ def test_small_changes_survive_four_bits(wide, problems, tmp_path):
         logits(tmp_path / "n", load_in_4bit=True)
 
 
+@pytest.mark.parametrize("more, message", [({}, "its weights alone take .* --load-in-4bit, with --lora-rank"), ({"load_in_4bit": True}, "its weights alone take")])
+def test_weights_larger_than_the_device_are_not_read(wide, monkeypatch, more, message):
+    from tasks import _models
+    monkeypatch.setattr(_models, "device_bytes", lambda device: 10_000)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)       # it is not even called
+    with pytest.raises(InputError, match=message):
+        sft.open_model(wide, CPU, **more)
+
+
 @pytest.mark.parametrize("stage", [sft, dpo])
 def test_four_bits_need_adapters(tiny, problems, tmp_path, stage):
     write_jsonl(tmp_path / "d.jsonl", problems[:2])
