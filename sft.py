@@ -61,7 +61,8 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu"):
                 position_ids[r, span] = torch.arange(len(ids))
                 weights[r, at:at + len(ids) - 1] = torch.tensor(w[1:], dtype=torch.float)
                 at += len(ids)
-            position_ids[r, at:] = torch.arange(shape[1] - at)
+            # the padding of a single sequence counts on: where no row has two, transformers needs no mask, causality suffices
+            position_ids[r, at:] = torch.arange(shape[1] - at) + (at if len(row) == 1 else 0)
         yield {k: v.to(device, non_blocking=True) for k, v in
                dict(input_ids=input_ids, position_ids=position_ids, weights=weights, owner=owner).items()}
         start = end
@@ -194,7 +195,8 @@ def add_training_flags(p, lr, batch_size, epochs):
     p.add_argument("--optimizer", default="auto", choices=["auto", "adamw", "adamw8bit", "rmsprop8bit", "muon"],
                    help="auto: adamw8bit on CUDA, fused adamw on CPU")
     p.add_argument("--warmup", type=share, default=0.05, help="share of the steps with a rising learning rate")
-    p.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
+    p.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row; 1 packs nothing: rows of like length, "
+                   "without an attention mask, are faster on a CPU")
     p.add_argument("--micro-tokens", type=positive, default=4096, help="tokens per forward pass; lower it to save memory")
     p.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations to save memory")
     p.add_argument("--chat-template", action="store_true", help="prompts in the model's own chat format instead of plain text")

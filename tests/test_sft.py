@@ -174,6 +174,27 @@ def test_optimizers_lower_the_loss(tiny, problems, tmp_path, optimizer, lr):
     assert all((before[k] != after[k]).any() for k in before)       # every weight is free
 
 
+@pytest.mark.parametrize("row_tokens, masked", [(1, False), (30, True)])
+def test_rows_of_one_sequence_need_no_mask(row_tokens, masked, monkeypatch):
+    model, sequences, masks = tiny_model(), random_sequences(9, 24), []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, is_causal=False, **more):
+        masks.append((attn_mask is not None, is_causal))
+        return original(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    batches = list(sft.pack(sequences, row_tokens, 60))
+    assert any((batch["owner"] == -1).any() for batch in batches)       # some rows are padded
+    found = {}
+    for batch in batches:
+        logps, weights, owner = sft.completion_logps(model, batch)
+        found.update({i: logps[owner == i] for i in owner.tolist()})
+    assert set(masks) == {(masked, not masked)}
+    for i, (ids, weights) in enumerate(sequences):
+        # fp32 against float64, as above
+        assert (found[i] - torch.stack([x for x, _ in brute_logps(model, ids, weights)])).abs().max() < LOGIT_TOLERANCE
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_is_its_formula_and_merges(family, tiny, tokenizer, tmp_path):
     ids = torch.randint(3, 24, (2, 9), generator=torch.Generator().manual_seed(0))
