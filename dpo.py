@@ -40,21 +40,22 @@ def sequence_logps(model, batch, count):
 
 
 def pair_batches(pairs, args, device):
-    """Pack pairs (chosen sequence, rejected sequence) so that a pair never straddles two micro-batches.
+    """Pack pairs (chosen sequence, rejected sequence), longest first, so that a pair never straddles two micro-batches.
 
-    Yields (indices into pairs, micro-batch) whose sequences are chosen 0..n-1, then rejected n..2n-1.
+    Yields (list of indices into pairs, micro-batch) whose sequences are chosen 0..n-1, then rejected n..2n-1.
     """
-    start = 0
-    while start < len(pairs):
-        end, tokens = start, 0
-        while end < len(pairs) and (end == start or tokens + sum(len(s[0]) for s in pairs[end]) <= args.micro_tokens):
-            tokens += sum(len(s[0]) for s in pairs[end])
+    tokens_of = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: -tokens_of[i])
+    while order:
+        end, tokens = 1, tokens_of[order[0]]
+        while end < len(order) and tokens + tokens_of[order[end]] <= args.micro_tokens:
+            tokens += tokens_of[order[end]]
             end += 1
-        sequences = [p[0] for p in pairs[start:end]] + [p[1] for p in pairs[start:end]]
+        indices, order = order[:end], order[end:]
+        sequences = [pairs[i][side] for side in (0, 1) for i in indices]
         # one forward pass whatever the packing: rows that do not fill up may exceed the budget by their padding
         batch, = pack(sequences, min(args.row_tokens, args.micro_tokens), math.inf, device)
-        yield range(start, end), batch
-        start = end
+        yield indices, batch
 
 
 def reference_logps(model, pairs, args, device, path):
@@ -67,11 +68,11 @@ def reference_logps(model, pairs, args, device, path):
     model.eval()
     with torch.inference_mode():
         for start in range(log.batches_done * size, len(pairs), size):
-            block = []
+            block = {}
             for indices, batch in pair_batches(pairs[start:start + size], args, device):
                 logps = sequence_logps(model, batch, 2 * len(indices)).tolist()
-                block += zip(logps[:len(indices)], logps[len(indices):])
-            log.append([block])
+                block.update(zip(indices, zip(logps[:len(indices)], logps[len(indices):])))
+            log.append([[block[i] for i in range(len(block))]])
             bar.update()
     bar.close()
     model.train()
@@ -131,7 +132,7 @@ def main(args):
                     for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
                         logps = sequence_logps(model, micro, 2 * len(indices))
                         policy_chosen, policy_rejected = logps[:len(indices)], logps[len(indices):]
-                        ref = reference[torch.as_tensor(chosen_ones[indices.start:indices.stop], device=device)]
+                        ref = reference[torch.as_tensor(chosen_ones[indices], device=device)]
                         losses, rewards_chosen, rewards_rejected = dpo_loss(policy_chosen, policy_rejected, ref[:, 0], ref[:, 1], args.beta)
                         (losses.sum() / n).backward()
                         with torch.no_grad():

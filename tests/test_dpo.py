@@ -90,7 +90,7 @@ def test_packed_pairs_have_the_logps_of_each_alone(tiny, tokenizer, pairs):
             logps = dpo.sequence_logps(model, batch, 2 * len(indices))
             found[list(indices)] = logps.view(2, -1).T.detach()
             where += indices
-        assert where == list(range(10))
+        assert sorted(where) == list(range(10))
         # sums of up to 60 fp32 log-probabilities of about 7 each: 1e-6 an addend, fp32 spacing of the sum 3e-5
         assert (found - expected).abs().max() < 5e-4
     assert expected.std() > 10
