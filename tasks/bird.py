@@ -214,6 +214,8 @@ def agree(a, b):
 def main(args):
     if args.work:
         return work()
+    if args.database_dir:
+        os.environ["ILR_BIRD_DATABASES"] = args.database_dir
     out, rows = Path(args.out), {}
     for split in ("train", "test"):
         path = Path(args.data_dir) / f"{split}.jsonl"
@@ -241,6 +243,7 @@ def parser():
     p = make_parser(__doc__, prog="tasks/bird.py")
     p.add_argument("--out", help="folder to write")
     p.add_argument("--data-dir", default="data/bird", help="folder of train.jsonl and test.jsonl; filled where they are missing")
+    p.add_argument("--database-dir", help="folder of the databases (default: ILR_BIRD_DATABASES, which the other stages read)")
     p.add_argument("--train", type=positive, default=10**6, help="training problems, D_gt and D_unlab together")
     p.add_argument("--gt", type=positive, default=4714, help="of these, problems of D_gt, whose references train the weak side")
     p.add_argument("--test", type=positive, default=10**6, help="test problems, the first so many")

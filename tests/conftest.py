@@ -12,6 +12,10 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; `python -m pytest -m gpu` runs these alone")
+
+
 def tiny_config(family="llama", vocab=24, **more):
     """A config of a few thousand weights; initializer_range is large so that random answers differ."""
     from transformers import AutoConfig

@@ -3,6 +3,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sqlite3
 import time
@@ -135,7 +136,8 @@ def test_records_go_through_the_stages(tmp_path, capsys):
     queries = [f"SELECT Name FROM Artist WHERE ArtistId = {i}" for i in range(1, 13)]
     write_jsonl(tmp_path / "in/train.jsonl", [{"question": f"q{i}", "answer": q, "db_name": "chinook"} for i, q in enumerate(queries)])
     write_jsonl(tmp_path / "in/test.jsonl", [{"question": "t", "answer": q, "db_name": "chinook"} for q in ("SELECT 1", "SELEC")])
-    run(bird, "--out", tmp_path / "d", "--data-dir", tmp_path / "in", "--gt", 4)
+    folder = os.environ.pop("ILR_BIRD_DATABASES")
+    run(bird, "--out", tmp_path / "d", "--data-dir", tmp_path / "in", "--gt", 4, "--database-dir", folder)
     assert "1 of 2 test references cannot be run and are left out, the first: test-1" in capsys.readouterr().out
     gt, unlab, test = (rows(tmp_path / f"d/{n}.jsonl") for n in ("gt", "unlab", "test"))
     assert (len(gt), len(unlab), len(test)) == (4, 8, 1) and test[0]["prompt"] == "USER:\nt\n\nASSISTANT:\n" and test[0]["db"] == "chinook"

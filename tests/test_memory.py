@@ -211,6 +211,7 @@ def test_a_batch_too_large_to_decode_is_answered_in_halves(tiny, problems, tmp_p
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes() and max(sizes) > 3 and sum(n for n in sizes if n <= 3) == sizes[0]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device_bytes_of_a_gpu():
     device = torch.device("cuda", 0)
