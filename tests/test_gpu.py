@@ -12,9 +12,8 @@ from tasks import write_jsonl
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"], ["--lora-rank", 4], ["--lora-rank", 4, "--load-in-4bit"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"], ["--lora-rank", "4"], ["--lora-rank", "4", "--load-in-4bit"]], ids=" ".join)
 def test_training_and_answers(tiny, problems, tmp_path, more):
-    more = [str(x) for x in more]
     write_jsonl(tmp_path / "d.jsonl", problems[:4])
     run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 60, "--lr", 0.01, *more, "--out", tmp_path / "m")
     losses = [r["loss"] for r in rows(tmp_path / "m/metrics.jsonl")]
