@@ -24,7 +24,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tasks import InputError, dumps
+from tasks import InputError, dumps, question_of
 
 ATTEMPTS, TIMEOUT, LONGEST_WAIT, MAX_REPLY = 6, 120, 60, 16 << 20     # of a request: tries, seconds, seconds between tries, bytes
 QUESTION = """Two answers to one request follow. Say which of them serves the request better; helpfulness, truth and safety all count.
@@ -210,7 +210,7 @@ class Endpoint:
         """Which of two answers is better, asked in both orders: [(P(B | A=a, B=b), P(B | A=b, B=a))] of [(prompt, a, b)]."""
         both = list(dict.fromkeys(x for prompt, a, b in questions for x in ((prompt, a, b), (prompt, b, a))))
         said = dict(zip(both, self.ask_all(lambda question: self.ask("chat/completions", {
-            "model": self.model, "messages": [{"role": "user", "content": QUESTION.format(**dict(zip(("prompt", "a", "b"), question)))}],
+            "model": self.model, "messages": [{"role": "user", "content": QUESTION.format(prompt=question_of(question[0]), a=question[1], b=question[2])}],
             "max_tokens": 512, "temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 5}, probability_of_b, about=question[0],
             undecided=0.5), both, "judge")))
         if self.undecided:
@@ -283,7 +283,7 @@ def ask_person(questions, open_log, seconds, seed):
         for number in range(log.batches_done, len(questions)):
             id_, prompt, a, b = questions[number]
             order = random.Random(dumps([seed, id_])).choice(["ab", "ba"])
-            texts = [("", prompt), *zip("AB", (a, b) if order == "ab" else (b, a))]
+            texts = [("", question_of(prompt)), *zip("AB", (a, b) if order == "ab" else (b, a))]
             show(f"\033[2J\033[Hpair {number + 1} of {len(questions)}\n\n")
             for letter, text in texts:
                 lines = [part for line in printable(text).strip().split("\n") for part in textwrap.wrap(line, width) or [""]]
