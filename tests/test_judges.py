@@ -309,7 +309,8 @@ def test_leaving_does_not_wait_for_the_server(server, tmp_path):
     completions(tmp_path / "a.jsonl", ["a"] * 8)
     completions(tmp_path / "b.jsonl", ["b"] * 8)
     process = subprocess.Popen([sys.executable, "compare.py", "score", "--judge", server.url, "--judge-model", "m", "--task", "arithmetic", "--a",
-                                tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+                                tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background job may ignore it
     while not server.requests:
         time.sleep(0.05)
     start = time.monotonic()
