@@ -15,7 +15,6 @@ Unlike the paper's release: the two orders really differ in every use, the stopp
 problem is on both sides of a cut, pairs are packed and not judged one at a time, and nothing is pickled.
 """
 import math
-import os
 import random
 import statistics
 from pathlib import Path
@@ -23,9 +22,9 @@ from pathlib import Path
 from sft import Training, add_training_flags, apply_gradients, cosine_lr, hidden_states, make_optimizers, pack
 from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, may_grade, partial_path, positive, rate,
                    read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
-from tasks._judges import Endpoint, ask_person, average_orders
+from tasks._judges import Endpoint, ask_person, average_orders, is_url
 from tasks._memory import attempts, check_memory
-from tasks._models import encode_completion, encode_prompt, mean_pooled, open_model, open_tokenizer, pick_device
+from tasks._models import embed, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -228,12 +227,7 @@ def agreements(args, task, pairs):
     if not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
     import torch
-    vectors = sorted({r["completion"] for pair in pairs for r in pair})
-    if args.embedder.startswith(("http://", "https://")):
-        model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
-        vectors = {t: torch.tensor(v) for t, v in Endpoint(args.embedder, model, "ILR_EMBEDDER").embeddings(vectors).items()}
-    else:
-        vectors = mean_pooled(args.embedder, vectors, pick_device(args.device))
+    vectors = embed(args.embedder, sorted({r["completion"] for pair in pairs for r in pair}), args.device)
     alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
     median = statistics.median(alike)
     return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
@@ -241,7 +235,6 @@ def agreements(args, task, pairs):
 
 def make_comparisons(args, task):
     """One comparison per id of --a and --b, or per two consecutive samples of a prompt in --a."""
-    rows = []
     if args.b:
         proposals = {}
         for path in args.b:
@@ -257,7 +250,7 @@ def make_comparisons(args, task):
         if proposals:
             raise InputError(f"{' '.join(args.b)}: id {next(iter(proposals))} is not in {args.a}")
         return [({"id": a["id"]}, a, b, same) for (a, b), same in zip(pairs, agreements(args, task, pairs))]
-    samples = {}
+    rows, samples = [], {}
     for r in read_jsonl(args.a, ("id", "prompt", "completion", "sample"), ("id", "sample")):
         samples.setdefault(r["id"], []).append(r)
     for id_, answers in samples.items():
@@ -288,7 +281,7 @@ def score(args):
         log = ask_person([(i, *texts(rows[i])) for i in asked], lambda: BatchLog(folder, [1] * len(asked)), args.seconds_per_pair, args.seed)
         results = {i: (ab, ba) for i, ab, ba, _, _ in log.results}
         more = {i: {"seconds": seconds, "shown": order} for i, _, _, seconds, order in log.results}
-    elif args.judge.startswith(("http://", "https://")):
+    elif is_url(args.judge):
         endpoint = Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
         results = dict(zip(asked, endpoint.preferences([texts(rows[i]) for i in asked])))
     else:

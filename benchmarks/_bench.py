@@ -86,6 +86,19 @@ def alternate(sides, repeats):
     return rates
 
 
+def race(args, ours, variants, work):
+    """Rates of loops that return (time of every step, {loss and gradients of the first}): `work` done in the steps after the first,
+    per second, once all variants {name: loop} have been seen to compute what ours does."""
+    expected = ours()[1]
+    for name, run in variants.items():
+        check_gradients(name, expected, run()[1])
+
+    def rate(run):
+        marks, _ = run()
+        return work / (marks[-1] - marks[0])
+    return alternate({name: lambda run=run: rate(run) for name, run in {"ours": ours, **variants}.items()}, args.repeats)
+
+
 def matrix_rate(repeats=20):
     """Floating-point operations per second of fp32 products of 1024 x 1024 matrices, the best of `repeats`."""
     import torch

@@ -11,7 +11,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from _bench import add_flags, alternate, check_gradients, make_model, problems, report, settle
+from _bench import add_flags, make_model, problems, race, report, settle
 from sft_vs_trl import TRL, trl_clock, watch
 
 
@@ -68,16 +68,8 @@ def main(args):
                                       for k in ("chosen", "rejected")}} for p in (pairs[i] for i in np.random.default_rng([0, 0]).permutation(len(pairs)))])
         mine = ["--row-tokens", str(args.row_tokens), "--micro-tokens", str(args.micro_tokens)]
         variants = {f"TRL, {micro} pairs a pass": dict(micro=micro) for micro in (1, 2, 8)}
-        expected = ours(folder, data, args.batch, mine)[1]
-        for name, kwargs in variants.items():
-            check_gradients(name, expected, theirs(folder, dataset, args.batch, **kwargs)[1])
-
-        def rate(run):
-            marks, _ = run()
-            return args.batch * (args.steps - 1) / (marks[-1] - marks[0])
-        rates = alternate({"ours": lambda: rate(lambda: ours(folder, data, args.batch, mine)),
-                           **{name: lambda kwargs=kwargs: rate(lambda: theirs(folder, dataset, args.batch, **kwargs)) for name, kwargs in variants.items()}},
-                          args.repeats)
+        rates = race(args, lambda: ours(folder, data, args.batch, mine),
+                     {name: lambda kwargs=kwargs: theirs(folder, dataset, args.batch, **kwargs) for name, kwargs in variants.items()}, args.batch * (args.steps - 1))
     report(f"dpo_{args.size}", f"DPO, Llama of {weights / 1e6:.1f}M weights", "pairs per second", {"DPO": (rates.pop("ours"), rates)},
            f"{len(pairs)} pairs of GSM8K answers, {args.batch} a step, {' '.join(mine)}; loss of the first step within 1e-4, its gradients within "
            "1e-4 of the largest.")

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench import add_flags, alternate, check_gradients, make_model, matrix_rate, problems, report, settle, training_flops
+from _bench import add_flags, make_model, matrix_rate, problems, race, report, settle, training_flops
 
 
 def watch(stage):
@@ -108,16 +108,8 @@ def main(args):
         mine = ["--row-tokens", str(args.row_tokens), "--micro-tokens", str(args.micro_tokens)]
         variants = {"TRL, one record a pass": dict(micro=1), "TRL, padding-free, 2 records a pass": dict(micro=2, padding_free=True),
                     "TRL, padded, 8 records a pass": dict(micro=8), "the release's settings": dict(micro=1, checkpointing=True)}
-        expected = ours(folder, data, args.batch, mine)[1]
-        for name, kwargs in variants.items():
-            check_gradients(name, expected, theirs(folder, dataset, args.batch, **kwargs)[1])
-
-        def rate(run):
-            marks, _ = run()
-            return counted / (marks[-1] - marks[0])
-        rates = alternate({"ours": lambda: rate(lambda: ours(folder, data, args.batch, mine)),
-                           **{name: lambda kwargs=kwargs: rate(lambda: theirs(folder, dataset, args.batch, **kwargs)) for name, kwargs in variants.items()}},
-                          args.repeats)
+        rates = race(args, lambda: ours(folder, data, args.batch, mine),
+                     {name: lambda kwargs=kwargs: theirs(folder, dataset, args.batch, **kwargs) for name, kwargs in variants.items()}, counted)
     flops = training_flops(args.size, 8192, [len(r["input_ids"]) for r in rows[args.batch:]], counted)
     share = flops * statistics.median(rates["ours"]) / counted / matrix_rate()
     mean = sum(len(r["input_ids"]) for r in rows) / len(rows)

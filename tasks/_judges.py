@@ -56,6 +56,10 @@ class Unreadable(ValueError):
     """A reply that does not hold what was asked for."""
 
 
+def is_url(name):
+    return name.startswith(("http://", "https://"))
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):     # it would take the key to another host
         return None

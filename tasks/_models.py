@@ -3,9 +3,11 @@ prompts and completions, which are the same in training, generation and judging.
 import contextlib
 import gc
 import logging
+import os
 from pathlib import Path
 
 from tasks import InputError, question_of
+from tasks._judges import Endpoint, is_url
 from tasks._memory import device_bytes
 
 
@@ -191,15 +193,20 @@ def encode_completion(tokenizer, completion):
     return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
 
 
-def mean_pooled(path, texts, device):
-    """{text: the mean of a model's last hidden states over the text's first 1,024 tokens, fp32 on the CPU}."""
+def embed(embedder, texts, device):
+    """{text: fp32 vector on the CPU}: an endpoint's embedding, where `embedder` is its URL, else the mean of a model's last hidden
+    states over the text's first 1,024 tokens."""
     import torch
+    if is_url(embedder):
+        model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
+        return {text: torch.tensor(vector) for text, vector in Endpoint(embedder, model, "ILR_EMBEDDER").embeddings(texts).items()}
     from tqdm import tqdm
     from transformers import AutoTokenizer
-    tokenizer, found = open_pretrained(AutoTokenizer, path), {}
+    tokenizer, found = open_pretrained(AutoTokenizer, embedder), {}
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = open_model(path, device, "AutoModel").eval()
+    device = pick_device(device)
+    model = open_model(embedder, device, "AutoModel").eval()
     texts = sorted(texts, key=lambda t: (len(t), t))
     for start in tqdm(range(0, len(texts), 64), desc="embed", unit="batch", mininterval=1, leave=False):
         block = texts[start:start + 64]

@@ -119,13 +119,18 @@ def out_of_memory(monkeypatch, stage, function, most, message="CUDA out of memor
     return sizes
 
 
-def test_a_smaller_micro_batch_changes_no_gradient(tiny, problems, train_argv, tmp_path, monkeypatch, capsys):  # noqa: F811
+@pytest.fixture()
+def trainings(tiny, problems, train_argv, tmp_path):  # noqa: F811
+    """(stage, its forward function, the command line of one short training) of the three that train."""
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
     write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "#### 1"} for p in problems[:6]])
-    for stage, function, argv in (
-            (sft, "completion_logps", ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
+    return ((sft, "completion_logps", ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
             (dpo, "sequence_logps", ["--model", tiny / "model", "--data", tmp_path / "p.jsonl", "--epochs", 1]),
-            (compare, "judge_logits", [*train_argv, "--batch-size", 64, "--epochs", 1])):
+            (compare, "judge_logits", [*train_argv, "--batch-size", 64, "--epochs", 1]))
+
+
+def test_a_smaller_micro_batch_changes_no_gradient(trainings, tmp_path, monkeypatch, capsys):
+    for stage, function, argv in trainings:
         whole = first_gradients(monkeypatch, stage, *argv, "--out", tmp_path / f"{stage.__name__}_whole")
         with monkeypatch.context() as m:
             sizes = out_of_memory(m, stage, function, 300)
@@ -137,14 +142,9 @@ def test_a_smaller_micro_batch_changes_no_gradient(tiny, problems, train_argv, t
         assert "out of memory: going on with --micro-tokens 256" in capsys.readouterr().out
 
 
-def test_a_failed_try_holds_no_tensors(tiny, problems, train_argv, tmp_path, monkeypatch):  # noqa: F811
+def test_a_failed_try_holds_no_tensors(trainings, tmp_path, monkeypatch):
     """When the next try begins, the graph of the one that failed, here in its backward pass, is gone."""
-    write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "#### 1"} for p in problems[:6]])
-    for stage, function, argv in (
-            (sft, "completion_logps", ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
-            (dpo, "sequence_logps", ["--model", tiny / "model", "--data", tmp_path / "p.jsonl", "--epochs", 1]),
-            (compare, "judge_logits", [*train_argv, "--batch-size", 64, "--epochs", 1])):
+    for stage, function, argv in trainings:
         original, made, held = getattr(stage, function), [], []
 
         def watched(model, batch, *more, original=original, made=made, held=held):
