@@ -298,6 +298,16 @@ def _fail(parser, message, code):
     return code
 
 
+def add_data_flags(p, task, train, gt, test):
+    """What every task made from files is asked for; --gt may be 0, half, where that is its default."""
+    p.add_argument("--data-dir", default=f"data/{task}", help="folder of train.jsonl and test.jsonl; filled where they are missing")
+    p.add_argument("--train", type=positive, default=train, help="training problems, D_gt and D_unlab together")
+    p.add_argument("--gt", type=positive if gt else whole, default=gt, help="of these, problems of D_gt, whose references train the weak "
+                   "side" + ("" if gt else " (0: half)"))
+    p.add_argument("--test", type=positive, default=test, help="test problems, the first so many")
+    p.add_argument("--seed", type=whole, default=0, help="of the order of the training problems")
+
+
 def make_parser(doc, **kwargs):
     """argparse with the stage's docstring as its help and every default shown."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -26,7 +26,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, from_release, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_training
+from tasks import InputError, add_data_flags, from_release, make_parser, read_jsonl, run_stage, user_prompt, write_jsonl, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 4096, 256
 FIELDS = "db", "reference_result"
@@ -242,12 +242,8 @@ def main(args):
 def parser():
     p = make_parser(__doc__, prog="tasks/bird.py")
     p.add_argument("--out", help="folder to write")
-    p.add_argument("--data-dir", default="data/bird", help="folder of train.jsonl and test.jsonl; filled where they are missing")
+    add_data_flags(p, "bird", 10**6, 4714, 10**6)
     p.add_argument("--database-dir", help="folder of the databases (default: ILR_BIRD_DATABASES, which the other stages read)")
-    p.add_argument("--train", type=positive, default=10**6, help="training problems, D_gt and D_unlab together")
-    p.add_argument("--gt", type=positive, default=4714, help="of these, problems of D_gt, whose references train the weak side")
-    p.add_argument("--test", type=positive, default=10**6, help="test problems, the first so many")
-    p.add_argument("--seed", type=whole, default=0, help="of the order of the training problems")
     p.add_argument("--work", action="store_true", help="run queries from standard input (for this file's own use)")
     return p
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import (InputError, download, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_text,
+from tasks import (InputError, add_data_flags, download, make_parser, read_jsonl, run_stage, user_prompt, whole, write_jsonl, write_text,
                    write_training)
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 512, 256
@@ -116,13 +116,9 @@ def main(args):
 def parser():
     p = make_parser(__doc__, prog="tasks/gsm8k.py")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--data-dir", default="data/gsm8k", help="folder of train.jsonl and test.jsonl; filled where they are missing")
-    p.add_argument("--train", type=positive, default=7473, help="training problems, D_gt and D_unlab together")
-    p.add_argument("--gt", type=positive, default=3736, help="of these, problems of D_gt, whose references train the weak side")
-    p.add_argument("--test", type=positive, default=1319, help="test problems, the first so many")
+    add_data_flags(p, "gsm8k", 7473, 3736, 1319)
     p.add_argument("--validation", type=whole, default=0, help="training problems kept for validation.jsonl instead")
     p.add_argument("--platinum", action="store_true", help="also write platinum.jsonl, the test set of GSM8K-Platinum")
-    p.add_argument("--seed", type=whole, default=0, help="of the order of the training problems")
     return p
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import (InputError, from_release, make_parser, positive, read_jsonl, run_stage, user_prompt, whole, write_jsonl,
+from tasks import (InputError, add_data_flags, from_release, make_parser, read_jsonl, run_stage, user_prompt, write_jsonl,
                    write_training)
 from tasks._judges import Endpoint, average_orders
 
@@ -119,11 +119,7 @@ def main(args):
 def parser():
     p = make_parser(__doc__, prog="tasks/saferpaca.py")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--data-dir", default="data/saferpaca", help="folder of train.jsonl and test.jsonl; filled where they are missing")
-    p.add_argument("--train", type=positive, default=20000, help="training problems, D_gt and D_unlab together")
-    p.add_argument("--gt", type=whole, default=0, help="of these, problems of D_gt, whose references train the weak side (0: half)")
-    p.add_argument("--test", type=positive, default=10**6, help="test problems, the first so many")
-    p.add_argument("--seed", type=whole, default=0, help="of the order of the training problems")
+    add_data_flags(p, "saferpaca", 20000, 0, 10**6)
     return p
 
 
