@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-DATA = next((f for f in map(Path, (os.environ.get("GSM8K", "."), ROOT / "data/gsm8k", ROOT.parent / "shared/data/gsm8k"))
-             if (f / "train.jsonl").exists()), Path("."))         # train.jsonl, test.jsonl: question, answer
+DATA = next((f for f in map(Path, (os.environ.get("GSM8K", ROOT / "data/gsm8k"), ROOT / "data/gsm8k", ROOT.parent / "shared/data/gsm8k"))
+             if (f / "train.jsonl").exists()), ROOT)         # train.jsonl, test.jsonl: question, answer
 SIZES = {"3M": dict(hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2),
+         "13M": dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=3),
          "60M": dict(hidden_size=640, intermediate_size=1728, num_hidden_layers=10, num_attention_heads=10, num_key_value_heads=5)}
 
 
@@ -111,44 +112,68 @@ def matrix_rate(repeats=20):
     return 2 * 1024 ** 3 / min(times)
 
 
-def training_flops(size, vocabulary, lengths, labelled):
-    """Operations that forward and backward passes need at least: 6 for each weight of the layers and token, 6 for each of the head's and
-    labelled token, and 6 for each pair of tokens that attention compares and mixes, causality counted."""
+def memory_rate(repeats=20):
+    """Bytes per second read from 256 MB of memory, the best of `repeats`."""
+    import torch
+    x = torch.ones(1 << 26)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        x.sum()
+        times.append(time.perf_counter() - start)
+    return 4 * x.numel() / min(times)
+
+
+def operations(size, lengths, predicted, backward=True, vocabulary=8192):
+    """Floating-point operations that sequences of `lengths` tokens need at least: forward 2 for each weight of the layers and token, 2 for each
+    weight of the head and predicted token, and 2 each to compare and to mix every pair of tokens, causality counted; backward twice that."""
     c = SIZES[size]
     h, kv = c["hidden_size"], c["hidden_size"] // c["num_attention_heads"] * c["num_key_value_heads"]
     layer = 2 * h * h + 2 * h * kv + 3 * h * c["intermediate_size"]
-    attention = sum(n * n / 2 * 2 * h for n in lengths)
-    return c["num_hidden_layers"] * (6 * layer * sum(lengths) + 6 * attention) + 6 * h * vocabulary * labelled
+    forward = c["num_hidden_layers"] * (2 * layer * sum(lengths) + 2 * h * sum(n * n for n in lengths)) + 2 * h * vocabulary * predicted
+    return (3 if backward else 1) * forward
+
+
+def floor(needed, per, rate):
+    """A sentence on how near `rate` (per second) comes to what the processor can do, `needed` operations being one `per`."""
+    return f"Floor: {needed / 1e6:.3g} MFLOP per {per}; ours run at {needed * rate / matrix_rate():.0%} of the rate of a 1024 x 1024 fp32 product on the same threads."
 
 
 def spread(values):
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
-def report(name, title, unit, tables, more=""):
-    """Print a Markdown table and write results/NAME.json. tables: {row: (ours, {other: rates})}, rates paired run by run."""
+def about():
+    """Machine, versions, commit, date and command of this run."""
     import torch
     import transformers
     git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     cpu = next((line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    about = {"cpu": cpu, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
+    found = {"cpu": cpu, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__,
              "transformers": transformers.__version__, "commit": git, "date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}
     try:
         import trl
-        about["trl"] = trl.__version__
+        found["trl"] = trl.__version__
     except ImportError:
         pass
+    return found
+
+
+def report(name, title, unit, tables, more=""):
+    """Print a Markdown table and write results/NAME.json. tables: {row: {"ours": rates, other: rates}}, paired run by run."""
+    where = about()
     lines = [f"**{title}** ({unit}; medians, lowest to highest; the ratio is that of neighbouring runs)", "",
              "| | ours | against | theirs | ratio |", "| --- | --- | --- | --- | --- |"]
     results = {}
-    for row, (ours, others) in tables.items():
-        for other, theirs in others.items():
+    for row, rates in tables.items():
+        ours = rates["ours"]
+        for other, theirs in list(rates.items())[1:]:
             ratios = [a / b for a, b in zip(ours, theirs)]
             lines.append(f"| {row} | {spread(ours)} | {other} | {spread(theirs)} | **{statistics.median(ratios):.2f}** ({min(ratios):.2f} to {max(ratios):.2f}) |")
             results.setdefault(row, {})[other] = {"ours": ours, "theirs": theirs, "ratio": statistics.median(ratios)}
-    text = "\n".join(lines) + "\n\n" + ", ".join(f"{k} {v}" for k, v in about.items()) + ("\n\n" + more if more else "")
+    text = "\n".join(lines) + "\n\n" + ", ".join(f"{k} {v}" for k, v in where.items()) + ("\n\n" + more if more else "")
     print(text)
     out = Path(__file__).resolve().parent / "results"
     out.mkdir(exist_ok=True)
     (out / f"{name}.md").write_text(text + "\n")
-    (out / f"{name}.json").write_text(json.dumps({"about": about, "unit": unit, "results": results}, indent=2) + "\n")
+    (out / f"{name}.json").write_text(json.dumps({"about": where, "unit": unit, "results": results}, indent=2) + "\n")

@@ -8,10 +8,11 @@ of micro-batch. Counted: pairs per second from the end of the first step to the 
 step must agree.
 """
 import argparse
+import statistics
 import tempfile
 from pathlib import Path
 
-from _bench import add_flags, make_model, problems, race, report, settle
+from _bench import add_flags, floor, make_model, operations, problems, race, report, settle
 from sft_vs_trl import TRL, trl_clock, watch
 
 
@@ -70,9 +71,12 @@ def main(args):
         variants = {f"TRL, {micro} pairs a pass": dict(micro=micro) for micro in (1, 2, 8)}
         rates = race(args, lambda: ours(folder, data, args.batch, mine),
                      {name: lambda kwargs=kwargs: theirs(folder, dataset, args.batch, **kwargs) for name, kwargs in variants.items()}, args.batch * (args.steps - 1))
-    report(f"dpo_{args.size}", f"DPO, Llama of {weights / 1e6:.1f}M weights", "pairs per second", {"DPO": (rates.pop("ours"), rates)},
+    counted = dataset[args.batch:]
+    needed = operations(args.size, [len(p) + len(c) for k in ("chosen", "rejected") for p, c in zip(counted["prompt_ids"], counted[f"{k}_ids"])],
+                        sum(len(c) for k in ("chosen", "rejected") for c in counted[f"{k}_ids"])) / len(counted["prompt_ids"])
+    report(f"dpo_{args.size}", f"DPO, Llama of {weights / 1e6:.1f}M weights", "pairs per second", {"DPO": rates},
            f"{len(pairs)} pairs of GSM8K answers, {args.batch} a step, {' '.join(mine)}; loss of the first step within 1e-4, its gradients within "
-           "1e-4 of the largest.")
+           "1e-4 of the largest. " + floor(needed, "pair", statistics.median(rates["ours"])))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench import add_flags, make_model, matrix_rate, problems, race, report, settle, training_flops
+from _bench import add_flags, floor, make_model, operations, problems, race, report, settle
 
 
 def watch(stage):
@@ -110,13 +110,12 @@ def main(args):
                     "TRL, padded, 8 records a pass": dict(micro=8), "the release's settings": dict(micro=1, checkpointing=True)}
         rates = race(args, lambda: ours(folder, data, args.batch, mine),
                      {name: lambda kwargs=kwargs: theirs(folder, dataset, args.batch, **kwargs) for name, kwargs in variants.items()}, counted)
-    flops = training_flops(args.size, 8192, [len(r["input_ids"]) for r in rows[args.batch:]], counted)
-    share = flops * statistics.median(rates["ours"]) / counted / matrix_rate()
+    needed = operations(args.size, [len(r["input_ids"]) for r in rows[args.batch:]], counted) / counted
     mean = sum(len(r["input_ids"]) for r in rows) / len(rows)
     report(f"sft_{args.size}", f"SFT, Llama of {weights / 1e6:.1f}M weights", "completion tokens per second",
-           {"SFT": (rates.pop("ours"), rates)}, f"{len(rows)} GSM8K records of {mean:.0f} tokens on average, {args.batch} a step, {' '.join(mine)}; "
-           f"loss of the first step within 1e-4, its gradients within 1e-4 of the largest. Floor: the {flops / counted / 1e6:.1f} MFLOP that a completion token "
-           f"(and its share of prompt) needs at least; ours run at {share:.0%} of the rate of a 1024 x 1024 fp32 product on the same threads.")
+           {"SFT": rates}, f"{len(rows)} GSM8K records of {mean:.0f} tokens on average, {args.batch} a step, {' '.join(mine)}; "
+           "loss of the first step within 1e-4, its gradients within 1e-4 of the largest. "
+           + floor(needed, "completion token with its share of prompt", statistics.median(rates["ours"])))
 
 
 if __name__ == "__main__":
