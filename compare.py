@@ -24,7 +24,7 @@ from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, ma
                    read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
 from tasks._judges import Endpoint, ask_person, average_orders, is_url
 from tasks._memory import attempts, check_memory
-from tasks._models import embed, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
+from tasks._models import count_weights, embed, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -159,7 +159,7 @@ def train(args):
     check_memory(model, optimizers, args, device, 0)
     training = Training(folder, model, optimizers, args.state_every)
     best, history = training.state.get("best", math.inf), training.state.get("history", [])
-    reached = training.state.get("reached", False)
+    reached, checks = training.state.get("reached", False), training.state.get("checks", 0)
     steps_per_epoch = math.ceil(len(examples) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
     check_every = math.ceil(steps_per_epoch / 4)      # for --stop-accuracy; the loss is looked at after whole epochs
@@ -186,16 +186,17 @@ def train(args):
             lr = args.lr * cosine_lr(done, total, args.warmup)
             norm = apply_gradients(model, optimizers, lr)
             done += 1
-            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=sum(len(ids) for ids, _ in batch))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if args.stop_accuracy and done % check_every == 0:
                 check = held_out(model, stopping, args, device)
-                reached = check[1] >= args.stop_accuracy
+                reached, checks = check[1] >= args.stop_accuracy, checks + 1
                 if reached:
                     break
             if done % steps_per_epoch:
-                training.save_state(done, best=best, history=history)
+                training.save_state(done, best=best, history=history, checks=checks)
+        checks += not reached
         stop_loss, stop_accuracy, _ = check if reached else held_out(model, stopping, args, device)
         if not math.isfinite(stop_loss):
             raise FloatingPointError(f"the loss on the stopping problems is {stop_loss} after epoch {epoch + 1}: lower --lr")
@@ -204,7 +205,7 @@ def train(args):
         if reached or stop_loss < best:
             best = stop_loss
             model.save_pretrained(folder)
-        training.save_state(done, always=True, best=best, history=history, reached=reached)
+        training.save_state(done, always=True, best=best, history=history, reached=reached, checks=checks)
     bar.close()
     model = open_model(folder, device, "AutoModelForSequenceClassification")
     _, accuracy, flips = held_out(model, reported, args, device)
@@ -212,7 +213,7 @@ def train(args):
     write_json(folder / "judge.json", {
         "held_out_accuracy": accuracy, "held_out_pairs": len(reported) // 2, "held_out_flip_rate": flips,
         "train_pairs": len(examples) // 2, "epochs": round(done / steps_per_epoch, 2), "stop_losses": history})
-    training.finish(args.out)
+    training.finish(args.out, read_tokens=checks * sum(len(ids) for ids, _ in stopping) + sum(len(ids) for ids, _ in reported))
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(reported) // 2} held-out pairs, {flips:.1%} of them flip with the "
           f"order; {len(examples) // 2} training pairs, {done / steps_per_epoch:.1f} of {args.epochs} epochs")
 
@@ -268,7 +269,7 @@ def score(args):
     rows = make_comparisons(args, task)
     asked = [i for i, row in enumerate(rows) if not row[3]]
     folder = partial_path(args.out, {**vars(args), "asked": asked}, [args.a, *(args.b or []), args.judge])
-    results, more = {}, {}
+    results, more, cost = {}, {}, {}
     if args.judge == "oracle":
         warm(task, *([rows[i][side] for i in asked] for side in (1, 2)))
         for i in asked:
@@ -285,17 +286,19 @@ def score(args):
         endpoint = Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
         results = dict(zip(asked, endpoint.preferences([texts(rows[i]) for i in asked])))
     else:
-        results = ask_model(args, rows, asked, folder)
+        results, cost = ask_model(args, rows, asked, folder)
 
     comparisons = []
     for i, (key, a, b, agree) in enumerate(rows):
         ab, ba = results.get(i, (None, None))
+        if not agree and flipped(args, a, b):
+            ab, ba = 1 - ab, 1 - ba
         comparisons.append({**key, "prompt": a["prompt"], "completion_a": a["completion"], "completion_b": b["completion"],
                             **fields_for_grading(task, a),
                             "agree": agree, "prob_b_ab": ab, "prob_b_ba": ba,
                             "prob_b": None if agree else average_orders(ab, ba), **more.get(i, {})})
     result = measure(task, comparisons)
-    write_json(f"{args.out}.summary", result)
+    write_json(f"{args.out}.summary", {**result, **cost})
     write_jsonl(args.out, comparisons)
     folder.unlink(missing_ok=True)
     said = (f", {result['flip_rate']:.1%} flip with the order, position bias {result['position_bias']:.3f}" if result["flip_rate"] is not None
@@ -305,13 +308,19 @@ def score(args):
                                                    "side" if result.get("decisive") else ""))
 
 
+def flipped(args, a, b):
+    """Whether --flip-share turns the judge's answer round: by chance for each question, or for every question about the same problems."""
+    about = [a["id"]] if args.flip_kind == "systematic" else [a["id"], a["completion"], b["completion"]]
+    return random.Random(dumps([args.seed, "flip", *about])).random() < args.flip_share
+
+
 def texts(row):
     _, a, b, _ = row
     return a["prompt"], a["completion"], b["completion"]
 
 
 def ask_model(args, rows, asked, folder):
-    """{row: (prob_b_ab, prob_b_ba)} from a judge folder, batched by length."""
+    """({row: (prob_b_ab, prob_b_ba)}, its price) from a judge folder, batched by length."""
     from tqdm import tqdm
     if not (Path(args.judge) / "judge.json").exists():
         raise InputError(f"--judge {args.judge}: neither oracle, human, a URL nor a folder that `compare.py train` wrote")
@@ -330,7 +339,8 @@ def ask_model(args, rows, asked, folder):
             probs = probabilities(model, [ids for i in batch for ids in sequences[i]], args, device)
             log.append([[i, ab, ba] for i, ab, ba in zip(batch, probs[0::2], probs[1::2])])
             bar.update(len(batch))
-    return {i: (ab, ba) for i, ab, ba in log.results}
+    cost = {"weights": count_weights(model), "read_tokens": sum(len(ids) for i in asked for ids in sequences[i])}
+    return {i: (ab, ba) for i, ab, ba in log.results}, cost
 
 
 def measure(task, comparisons):
@@ -379,7 +389,9 @@ def parser():
     s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, human, or an OpenAI-compatible endpoint's URL")
     s.add_argument("--judge-model", help="model behind the URL, whose key is in ILR_COMPARE_KEY")
     s.add_argument("--seconds-per-pair", type=rate, default=60, help="for human: a pair without an answer by then counts as 0.5")
-    s.add_argument("--seed", type=whole, default=0, help="for human: of the order of the pairs and of A and B")
+    s.add_argument("--seed", type=whole, default=0, help="of the flips; for human, of the order of the pairs and of A and B")
+    s.add_argument("--flip-share", type=share, default=0, help="turn this share of the judge's answers round, to study a worse judge")
+    s.add_argument("--flip-kind", default="symmetric", choices=["symmetric", "systematic"], help="which: by chance, or all about the same problems")
     s.add_argument("--embedder", help="for tasks that compare answers by embeddings: folder or hub name of a model, or an endpoint's URL")
     s.add_argument("--task", required=True)
     s.add_argument("--a", required=True, help="records: the present completions (or samples)")

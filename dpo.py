@@ -114,8 +114,8 @@ def main(args):
         model.gradient_checkpointing_enable()
     model.train()
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
-    sides = [s for pair in pairs for s in pair]
-    check_memory(model, optimizers, args, device, sum(sum(w) for _, w in sides) / sum(len(ids) for ids, _ in sides))
+    tokens_of = [sum(len(ids) for ids, _ in pair) for pair in pairs]
+    check_memory(model, optimizers, args, device, sum(sum(w) for pair in pairs for _, w in pair) / sum(tokens_of))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
@@ -147,14 +147,14 @@ def main(args):
             lr = args.lr * cosine_lr(done, total, args.warmup)
             norm = apply_gradients(model, optimizers, lr)
             done += 1
-            training.log(step=done, epoch=epoch, lr=lr, grad_norm=norm, **row)
+            training.log(step=done, epoch=epoch, lr=lr, grad_norm=norm, tokens=sum(tokens_of[i] for i in chosen_ones), **row)
             training.save_state(done)
             bar.set_postfix(loss=f"{row['loss']:.3f}", accuracy=f"{row['rewards/accuracies']:.2f}", refresh=False)
             bar.update()
     bar.close()
     save_model(model, tokenizer, folder)
     (folder / "reference.jsonl").unlink()
-    training.finish(args.out)
+    training.finish(args.out, read_tokens=sum(tokens_of))
     print(f"{args.out}: {len(pairs)} pairs, {args.epochs} epochs, {total} steps")
 
 

@@ -17,9 +17,9 @@ import os
 from pathlib import Path
 
 from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, partial_path, positive, read_jsonl, run_stage, short,
-                   whole, write_jsonl)
+                   whole, write_json, write_jsonl)
 from tasks._memory import lacks_memory
-from tasks._models import encode_prompt, open_model, open_tokenizer, pick_device
+from tasks._models import count_weights, encode_prompt, open_model, open_tokenizer, pick_device
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -183,12 +183,15 @@ def generate_file(args, model_path, data, out, half):
         for batch in batches[log.batches_done:]:
             answers = answer(batch)
             texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
-            log.append([[i, s, text, cut] for (i, s), text, cut in zip(batch, texts, answers[1])])
+            log.append([[i, s, text, cut, len(ids) + (not cut)] for (i, s), text, ids, cut in zip(batch, texts, *answers)])
             bar.update(len(batch))
 
+    write_json(f"{out}.price", {"weights": count_weights(model),
+                                "generated_tokens": sum(r[4] for r in log.results),
+                                "read_tokens": sum(len(prompts[i]) for batch in batches for i in {i for i, _ in batch})})
     write_jsonl(out, [{**records[i], "completion": text, "source": args.source,
                        **({"sample": s} if args.num_samples > 1 else {}), "truncated": cut}
-                      for i, s, text, cut in sorted(log.results)])
+                      for i, s, text, cut, _ in sorted(log.results)])
     folder.unlink()
     print(f"{out}: {len(log.results)} completions of {len(records)} prompts, {sum(r[3] for r in log.results)} cut off "
           f"at {args.max_new_tokens} tokens")

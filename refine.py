@@ -11,7 +11,17 @@ naive   replace a random share alpha of all labels, no judge
 clean   drop the labels that are wrong by their references (the paper's clean start; no comparisons)
 pairs   keep the share alpha of all pairs with the largest |prob_b - 0.5|; ties in an order drawn from the seed
 
-But for clean, the labels file keeps one row per problem, always. References are read for the summary line only.
+Baselines on the same comparisons, from the files that ILR and DPO leave:
+filter  labels as ILR left them (--labels ilr_k/labels.jsonl), less those that were ever replaced; nothing is added
+rft     --labels the first ones, and beside them every proposal that ILR accepted (--proposals ilr_1/labels.jsonl ...;
+        rejection-sampling finetuning, arXiv 2308.01825)
+steer   labels and proposals, each with the judge's score for it in the prompt (--comparisons ilr_1/comparisons.jsonl ...; SteerLM,
+        arXiv 2310.05344); without --comparisons, every prompt of --labels asks for the best
+chosen  what `pairs` would keep, as labels: the chosen completions
+spin    pairs label over own sample (--proposals samples.jsonl; arXiv 2401.01335)
+vote    the answer that most of several samples (--proposals) of each problem of --labels agree on; ties: the first sampled
+
+But for clean and the baselines, the labels file keeps one row per problem, always. References are read for the summary line only.
 Unlike the paper's release: acceptance is by rank, so that ties do not turn everything down, and the summary reports the
 replaced share of the disagreements and of all labels.
 """
@@ -56,17 +66,96 @@ def preference_pairs(comparisons, alpha, seed):
     """The floor(alpha N) of N pairs that the judge is surest of, as {id, prompt, chosen, rejected, prob_chosen};
     pairs at exactly 0.5 (equal texts, or an oracle's both-right and both-wrong) have no chosen side and are never kept."""
     decided = [c for c in comparisons if not c["agree"] and c["prob_b"] != 0.5]
-    decided.sort(key=lambda c: dumps([c["id"], c["pair"]]))
+    decided.sort(key=lambda c: dumps([c["id"], c.get("pair", 0)]))
     random.Random(dumps([seed, "pairs"])).shuffle(decided)
     decided.sort(key=lambda c: -abs(c["prob_b"] - 0.5))
     pairs = []
     for c in decided[:math.floor(Fraction(str(alpha)) * len(comparisons))]:
         b = c["prob_b"] > 0.5
         chosen, rejected = (c["completion_b"], c["completion_a"]) if b else (c["completion_a"], c["completion_b"])
-        pairs.append({"id": c["id"], "pair": c["pair"], "prompt": c["prompt"], "chosen": chosen, "rejected": rejected,
+        pairs.append({"id": c["id"], "pair": c.get("pair", 0), "prompt": c["prompt"], "chosen": chosen, "rejected": rejected,
                       "prob_chosen": c["prob_b"] if b else 1 - c["prob_b"],
                       **{k: v for k, v in c.items() if k not in JUDGED}})
     return sorted(pairs, key=lambda p: (dumps(p["id"]), p["pair"]))
+
+
+def misread(comparisons, reading, seed):
+    """The same comparisons as DPO would see them with another reading of the judge, to measure what a reading is worth.
+
+    same: both prompts in one order, as the release's experiments/dpo.py builds them: P(B) and P(A) of one fp32 softmax, averaged,
+          are 0.5 up to rounding, and what is not above 0.5 means A.
+    coin: a random probability that knows nothing of the pair.
+    """
+    import numpy as np
+    rows = []
+    for c in comparisons:
+        if not c["agree"] and reading == "same":
+            p = min(max(c["prob_b_ab"], 1e-30), 1 - 1e-16)
+            logit = np.float32(math.log(p) - math.log1p(-p))
+            prob_b = float(np.mean([1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(logit))], dtype=np.float32))
+            c = {**c, "prob_b": prob_b if prob_b != 0.5 else math.nextafter(0.5, 0)}
+        elif not c["agree"]:
+            c = {**c, "prob_b": random.Random(dumps([seed, "coin", c["id"], c.get("pair", 0)])).random()}
+        rows.append(c)
+    return rows
+
+
+def filtered(labels):
+    """ILR's labels less those that it ever replaced: what the judge rejected is dropped."""
+    return [r for r in labels if r["source"] != "proposal"]
+
+
+def with_accepted(labels, rounds):
+    """labels, and beside them what ILR accepted in each of `rounds` (its labels files), each text once a problem."""
+    rows, seen = list(labels), {(r["id"], r["completion"]) for r in labels}
+    for k, refined in enumerate(rounds, 1):
+        for r in refined:
+            if r["accepted"] and (r["id"], r["completion"]) not in seen:
+                seen.add((r["id"], r["completion"]))
+                rows.append({**r, "id": f"{r['id']} accepted in {k}"})
+    return rows
+
+
+def ask_for(prompt, quality):
+    """A prompt with an attribute from 0 to 4 that its completion has, or shall have."""
+    role = "USER:\n" if prompt.startswith("USER:\n") else ""       # of tasks.user_prompt: the question begins after it
+    return f"{role}Quality: {quality}\n{prompt.removeprefix(role)}"
+
+
+def steered(labels, rounds):
+    """Training records of attribute-conditioned SFT: every text that the judge compared, with the mean of its scores in fifths (a label's
+    is 1 - prob_b, a proposal's prob_b) as the prompt's attribute; and plain, the labels that it was never asked about."""
+    scores = {}
+    for c in (c for comparisons in rounds for c in comparisons if not c["agree"]):
+        for text, score in ((c["completion_a"], 1 - c["prob_b"]), (c["completion_b"], c["prob_b"])):
+            scores.setdefault(c["id"], {}).setdefault(text, []).append(score)
+    rows = []
+    for r in labels:
+        rows += [r] if r["id"] not in scores else [
+            {**r, "id": f"{r['id']} text {k}", "completion": text, "prompt": ask_for(r["prompt"], min(4, math.floor(5 * sum(s) / len(s))))}
+            for k, (text, s) in enumerate(scores[r["id"]].items())]
+    return rows
+
+
+def own_samples(labels, samples):
+    """SPIN's preference pairs: the demonstration over each of the policy's own samples that differs from it."""
+    label_of = {r["id"]: r for r in labels}
+    return [{"id": r["id"], "pair": r.get("sample", 0), "prompt": r["prompt"], "chosen": label_of[r["id"]]["completion"], "rejected": r["completion"]}
+            for file in samples for r in file if r["id"] in label_of and r["completion"] != label_of[r["id"]]["completion"]]
+
+
+def vote(task, labels, samples):
+    """Each problem of `labels` with the completion most of its samples agree with; `votes`: how many. Ties: the first sampled."""
+    if not hasattr(task, "agree"):
+        raise InputError("--method vote: this task has no rule for when two answers agree")
+    warm(task, *samples)
+    candidates = {}
+    for r in (r for file in samples for r in file):
+        groups = candidates.setdefault(r["id"], [])
+        same = next((group for group in groups if task.agree(group[0], r)), None)
+        same.append(r) if same else groups.append([r])
+    best = {id_: max(groups, key=len) for id_, groups in candidates.items()}
+    return [{**r, "completion": best[r["id"]][0]["completion"], "source": "vote", "votes": len(best[r["id"]])} for r in labels]
 
 
 def measure(task, before, after):
@@ -100,9 +189,14 @@ def in_words(result, total):
 def main(args):
     task = get_task(args.task)
     refuse_existing(args.out)
-    if args.method == "pairs":
-        fields = ("id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b")
+    args.comparisons, *more = args.comparisons or [None]
+    if more and args.method != "steer":
+        raise InputError(f"--method {args.method} reads one file of --comparisons, not {1 + len(more)}")
+    if args.method in ("pairs", "chosen"):
+        fields = ("id", "prompt", "completion_a", "completion_b", "agree", "prob_b")
         comparisons = read_jsonl(need(args, "comparisons"), fields, ("id", "pair"))
+        if args.reading != "both":
+            comparisons = misread(comparisons, args.reading, args.seed)
         pairs = preference_pairs(comparisons, args.max_replace, args.seed)
         if not pairs:
             raise InputError(f"{args.comparisons}: the judge prefers neither side in any of the {len(comparisons)} pairs")
@@ -115,10 +209,30 @@ def main(args):
             result.update(chosen_correct=chosen, rejected_correct=rejected, precision=sum(c > r for c, r in grades) / len(pairs))
             text += f"; chosen correct {chosen:.1%}, rejected correct {rejected:.1%}"
         write_json(f"{args.out}.summary", result)
-        write_jsonl(args.out, pairs)
+        write_jsonl(args.out, pairs if args.method == "pairs" else [
+            {**p, "id": f"{p['id']} pair {p['pair']}", "completion": p["chosen"]} for p in pairs])
         return print(text)
 
-    labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion", *(["reference"] if args.method == "clean" else [])))
+    labels = read_jsonl(need(args, "labels"), ("id", "prompt", "completion", *{"clean": ["reference"], "filter": ["source"]}.get(args.method, ())))
+    if args.method in ("filter", "rft", "steer", "spin", "vote"):
+        if args.method == "filter":
+            new = filtered(labels)
+        elif args.method == "rft":
+            new = with_accepted(labels, [read_jsonl(path, ("id", "prompt", "completion", "accepted")) for path in need(args, "proposals")])
+        elif args.method == "steer" and args.comparisons:
+            new = steered(labels, [read_jsonl(path, ("id", "completion_a", "completion_b", "agree", "prob_b")) for path in (args.comparisons, *more)])
+        elif args.method == "steer":
+            new = [{**r, "prompt": ask_for(r["prompt"], 4)} for r in labels]
+        else:
+            samples = [read_jsonl(path, ("id", "completion"), ("id", "sample")) for path in need(args, "proposals")]
+            missing = {r["id"] for r in labels} - {r["id"] for file in samples for r in file}
+            if missing:
+                raise InputError(f"{' '.join(args.proposals)}: id {min(missing, key=dumps)} of {args.labels} is missing")
+            new = vote(task, labels, samples) if args.method == "vote" else own_samples(labels, samples)
+        if not new:
+            raise InputError(f"{args.labels}: --method {args.method} leaves nothing of its {len(labels)} records")
+        write_jsonl(args.out, new)
+        return print(f"{args.out}: {len(new)} records from {len(labels)}")
     if args.method == "clean":
         warm(task, labels)
         right = [r for r in labels if task.grade(r) > 0.5]
@@ -163,13 +277,16 @@ def need(args, name):
 
 def parser():
     p = make_parser(__doc__, prog="refine.py")
-    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "clean", "pairs"], help="see above")
+    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "clean", "pairs", "filter", "rft", "steer", "chosen",
+                                                             "spin", "vote"], help="see above")
     p.add_argument("--labels", help="present labels, one per problem")
-    p.add_argument("--comparisons", help="what `compare.py score` wrote")
-    p.add_argument("--proposals", nargs="+", help="proposed completions, for naive")
+    p.add_argument("--comparisons", nargs="+", help="what `compare.py score` wrote (steer: of several rounds)")
+    p.add_argument("--proposals", nargs="+", help="proposed completions (naive), samples (spin, vote), ILR's labels of every round (rft)")
     p.add_argument("--task", required=True, help="whose grade the summary uses")
     p.add_argument("--out", required=True, help="file to write")
     p.add_argument("--max-replace", type=share, default=0.15, help="alpha, a share")
+    p.add_argument("--reading", default="both", choices=["both", "same", "coin"], help="pairs: the judge's two orders averaged; as the release "
+                   "reads them, both in one order; a coin")
     p.add_argument("--round", type=whole, default=1, help="written into the labels that are replaced")
     p.add_argument("--seed", type=whole, default=0, help="of the random choices of naive and pairs")
     return p

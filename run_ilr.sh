@@ -26,7 +26,9 @@ TASK=${TASK:-arithmetic}          # a file of tasks/, or gsm8k-70b
 PRESET=$TASK TASK=${TASK/#gsm8k-70b/gsm8k}
 OUT=${OUT:-runs/$PRESET}          # the run folder
 SEEDS=${SEEDS:-0}                 # data seeds, one after the other
-METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive (ILR that replaces a random share, without a judge)
+METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive (ILR that replaces a random share, without a judge), and baselines: on ILR's comparisons
+                                  # dpo-labels filter rft steer, on its half-models ensemble, on DPO's comparisons sft-chosen, on none spin;
+                                  # DPO that reads the judge as the release does (both orders the same) dpo-release, or tosses a coin dpo-coin
 ROUNDS=${ROUNDS:-3}
 RETRAINS=${RETRAINS:-1}           # trainings per reported point, with different data orders
 EVAL=${EVAL:-test}                # test, or validation while choosing settings
@@ -35,6 +37,8 @@ DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the j
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
 JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
+JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of its answers that are turned round,
+FLIP_KIND=${FLIP_KIND:-symmetric} # each by chance (symmetric), or all that are about the same problems (systematic)
 SECONDS_PER_PAIR=${SECONDS_PER_PAIR:-60}   # what a person has for each answer
 case $PRESET in bird|gsm8k-70b) LORA_RANK=${LORA_RANK:-64} LOAD_IN_4BIT=${LOAD_IN_4BIT:-1} ;; esac    # 70B on one GPU
 LORA_RANK=${LORA_RANK:-0}         # of SFT and DPO; 0 trains every weight
@@ -91,7 +95,7 @@ case $TASK in
     DECODING=${DECODING:---max-new-tokens $TOKENS --batch-size 256} SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird saferpaca gsm8k-70b" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
@@ -112,7 +116,7 @@ check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST 
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
-check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY
+check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
 check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
 check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
 url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
@@ -124,7 +128,13 @@ if [ "$TASK" = saferpaca ]; then
   check '0' '0 (its grades cost money)' WEAK_ACCURACY
 fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
-check '(ilr|dpo|naive)( +(ilr|dpo|naive))*' 'some of ilr, dpo, naive' METHODS
+ALL_METHODS="ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin"      # one that is read from first
+check "(${ALL_METHODS// /|})( +(${ALL_METHODS// /|}))*" "some of ${ALL_METHODS// /, }" METHODS
+for method in $METHODS; do       # whose files a baseline reads
+  case $method in dpo-labels|filter|rft|steer|ensemble) source=ilr ;; sft-chosen) source=dpo ;; *) source=$method ;; esac
+  [[ " $METHODS " = *" $source "* ]] || { echo "run_ilr.sh: error: METHODS: $method needs $source beside it" >&2; exit 2; }
+done
+check '(symmetric|systematic)' 'symmetric or systematic' FLIP_KIND
 check '[01]' '0 or 1' CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE
 check '(0|[1-9][0-9]*)' 'a whole number' LORA_RANK GT
 [ "$TASK" != arithmetic ] || { check '[1-9][0-9]*' 'a whole number above 0' $OWN; check 0 '0: its models know no chat' CHAT_TEMPLATE; }
@@ -134,6 +144,7 @@ if [ "$LOAD_IN_4BIT" = 1 ]; then
   LOADING="--load-in-4bit"
 fi
 [ "$CHAT_TEMPLATE" = 0 ] || TRAINING+=" --chat-template" DECODING+=" --chat-template" SCORING+=" --chat-template"
+[[ $JUDGE_FLIPS =~ ^0(\.0*)?$ ]] || ASKING+=(--flip-share "$JUDGE_FLIPS" --flip-kind "$FLIP_KIND")
 if [ "$JUDGE" = human ]; then
   [ "$DRY" = 1 ] || { : </dev/tty; } 2>/dev/null || { echo "run_ilr.sh: error: JUDGE=human needs a terminal" >&2; exit 2; }
   JOBS=1 ASKING+=(--seconds-per-pair "$SECONDS_PER_PAIR")     # one at a time, who may read from the terminal
@@ -227,7 +238,7 @@ train() {      # train NAME OUT MODEL DATA LR EPOCHS BATCH FLAGS...
 answer() {     # answer NAME DIR MODELS...: the test answers of a point's models, graded
   local name=$1 dir=$2 outs=() out k=0 _; shift 2
   for _ in "$@"; do k=$((k + 1)); outs+=("$dir/eval_$k.jsonl"); done
-  stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "$data/$EVAL.jsonl" --out "${outs[@]}" $DECODING $LOADING
+  stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "${questions:-$data/$EVAL.jsonl}" --out "${outs[@]}" $DECODING $LOADING
   for out in "${outs[@]}"; do grade "$name/grade" "${out%.jsonl}"; done
 }
 
@@ -342,34 +353,85 @@ refined_models() { # refined_models ilr|naive: each round, the strong base model
   done
 }
 
-dpo_models() {     # each round: samples of the policy, comparison, the surest pairs, DPO
-  local round policy=$run/sft/model_1 name dir r
+relabeled_models() {   # relabeled_models filter|rft|steer: the base model retrained on labels that another rule makes of ILR's comparisons
+  local method=$1 round name dir how questions= labels=() comparisons=()
   for ((round = 1; round <= ROUNDS; round++)); do
-    name=$at/dpo_$round dir=$run/dpo_$round
-    needs "$policy"
+    name=$at/${method}_$round dir=$run/${method}_$round
+    needs "$run/ilr_$round/labels.jsonl"
+    labels+=("$run/ilr_$round/labels.jsonl") comparisons+=("$run/ilr_$round/comparisons.jsonl")
+    case $method in
+      filter) how=(--labels "${labels[-1]}") ;;
+      rft) how=(--labels "$start" --proposals "${labels[@]}") ;;
+      steer) how=(--labels "$start" --comparisons "${comparisons[@]}") questions=$run/steer_1/questions.jsonl
+        [ $round != 1 ] || stage "$name/ask" "$questions" "$PYTHON" refine.py --method steer --labels "$data/$EVAL.jsonl" --task "$TASK" --out "$questions" ;;
+    esac
+    stage "$name/refine" "$dir/labels.jsonl" "$PYTHON" refine.py --method $method "${how[@]}" --task "$TASK" --out "$dir/labels.jsonl"
+    [ $method != filter ] || grade_labels "$name" "$dir"
+    LATER=10 strong_models "$name" "$dir" "$dir/labels.jsonl"
+  done
+}
+
+ensemble() {       # the half-models of ILR's first round vote on every test problem, with DPO_SAMPLES answers together
+  local dir=$run/ensemble_1 halves=("$run/ilr_1/half_1" "$run/ilr_1/half_2") LATER=10
+  needs "${halves[0]}"; needs "${halves[1]}"
+  stage "$at/ensemble_1/answer" "$dir/samples_2.jsonl" "$PYTHON" generate.py --model "${halves[@]}" --data "$data/$EVAL.jsonl" --temperature "$DPO_TEMPERATURE" \
+    --num-samples $(((DPO_SAMPLES + 1) / 2)) --seed "$seed" --out "$dir/samples_1.jsonl" "$dir/samples_2.jsonl" $DECODING $LOADING
+  stage "$at/ensemble_1/vote" "$dir/eval_1.jsonl" "$PYTHON" refine.py --method vote --labels "$data/$EVAL.jsonl" \
+    --proposals "$dir/samples_1.jsonl" "$dir/samples_2.jsonl" --task "$TASK" --out "$dir/eval_1.jsonl"
+  grade "$at/ensemble_1/grade" "$dir/eval_1"
+}
+
+preferences() {    # preferences METHOD: what a round's policy is trained on, and by which stage it is sampled and judged
+  local how samples=1 asked=$dir/comparisons.jsonl
+  case $method in
+    dpo) samples=$DPO_SAMPLES how=(pairs --comparisons "$asked") ;;
+    dpo-release) samples=$DPO_SAMPLES how=(pairs --comparisons "$asked" --reading same) ;;
+    dpo-coin) samples=$DPO_SAMPLES how=(pairs --comparisons "$asked" --reading coin) ;;
+    dpo-labels) asked=$run/ilr_$round/comparisons.jsonl how=(pairs --comparisons "$asked") ;;
+    sft-chosen) asked=$run/dpo_$round/comparisons.jsonl how=(chosen --comparisons "$asked") ;;
+    spin) how=(spin --labels "$start" --proposals "$dir/samples.jsonl") ;;
+  esac
+  case $method in dpo|dpo-release|dpo-coin|spin)
     stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature "$DPO_TEMPERATURE" \
-      --num-samples "$DPO_SAMPLES" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING $LOADING
-    [ "$JUDGE" != trained ] || needs "$judge"
-    stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" \
-      --a "$dir/samples.jsonl" --out "$dir/comparisons.jsonl" $SCORING "${ASKING[@]}"
-    stage "$name/pairs" "$dir/preferences.jsonl" "$PYTHON" refine.py --method pairs --comparisons "$dir/comparisons.jsonl" \
-      --task "$TASK" --max-replace "$DPO_ALPHA" --seed "$seed" --out "$dir/preferences.jsonl"
+      --num-samples "$samples" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING $LOADING ;;
+  esac
+  case $method in
+    dpo|dpo-release|dpo-coin)
+      [ "$JUDGE" != trained ] || needs "$judge"
+      stage "$name/compare" "$asked" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" \
+        --a "$dir/samples.jsonl" --out "$asked" $SCORING "${ASKING[@]}" ;;
+    dpo-labels|sft-chosen) needs "$asked" ;;
+  esac
+  stage "$name/pairs" "$dir/preferences.jsonl" "$PYTHON" refine.py --method "${how[@]}" --task "$TASK" --max-replace "$DPO_ALPHA" --seed "$seed" \
+    --out "$dir/preferences.jsonl"
+}
+
+policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains the policy that the one before left, from SFT's on
+  local method=$1 round policy=$run/sft/model_1 name dir r
+  for ((round = 1; round <= ROUNDS; round++)); do
+    name=$at/${method}_$round dir=$run/${method}_$round
+    needs "$policy"
+    preferences
     for ((r = 1; r <= RETRAINS; r++)); do
-      stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
-        --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
-        --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $LOADING
+      if [ $method = sft-chosen ]; then
+        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --task "$TASK" --seed $((seed + 1000 * (r - 1)))
+      else
+        stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
+          --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
+          --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $LOADING
+      fi
     done
     policy=$dir/model_1
   done
 }
 
-dpo_answers() {    # the test answers of DPO's rounds
+policy_answers() { # policy_answers METHOD: the test answers of its rounds
   local round models r
   for ((round = 1; round <= ROUNDS; round++)); do
     models=()
-    for ((r = 1; r <= RETRAINS; r++)); do models+=("$run/dpo_$round/model_$r"); done
+    for ((r = 1; r <= RETRAINS; r++)); do models+=("$run/$1_$round/model_$r"); done
     needs "${models[RETRAINS - 1]}"
-    LATER=10 answer "$at/dpo_$round" "$run/dpo_$round" "${models[@]}"
+    LATER=10 answer "$at/$1_$round" "$run/$1_$round" "${models[@]}"
   done
 }
 
@@ -384,10 +446,13 @@ pipeline() {
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
       --seed "$seed" "${PREPARE[@]}"
     steps=(strong_base weak_side start_models)
-    for method in $METHODS; do
+    for method in $ALL_METHODS; do
+      case " $METHODS " in *" $method "*) ;; *) continue ;; esac
       case $method in
-        dpo) steps+=(dpo_models dpo_answers) ;;
-        *) steps+=("refined_labels $method" "refined_models $method") ;;
+        ilr|naive) steps+=("refined_labels $method" "refined_models $method") ;;
+        filter|rft|steer) steps+=("relabeled_models $method") ;;
+        ensemble) steps+=(ensemble) ;;
+        *) steps+=("policies $method" "policy_answers $method") ;;
       esac
     done
     lanes "${steps[@]}" ceiling

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, partial_path, positive, rate, read_jsonl, run_stage,
-                   share, short, whole, write_text)
+                   share, short, whole, write_json, write_text)
 from tasks._memory import attempts, check_memory
-from tasks._models import add_lora, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
+from tasks._models import add_lora, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
@@ -98,6 +98,12 @@ def cosine_lr(step, total, warmup):
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def checkpoint_steps(total, save_every):
+    """{folder name: step after which it is saved} of the checkpoints at every `save_every`-th part of `total` steps, without the end."""
+    return {f"checkpoint-{round(100 * k * save_every)}": max(1, round(total * k * save_every))
+            for k in range(1, math.ceil(1 / save_every - 1e-9))} if save_every else {}
 
 
 def make_optimizers(model, name, lr, device):
@@ -180,9 +186,12 @@ class Training:
         (self.folder / "state.writing").replace(self.folder / "state.pt")
         self.saved_at = time.monotonic()
 
-    def finish(self, out):
-        """Close the books and give the folder its name."""
+    def finish(self, out, read_tokens=0):
+        """Write price.json: weights of the model, weights trained, tokens trained on, tokens only read. Give the folder its name."""
         self.metrics.close()
+        rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        write_json(self.folder / "price.json", {"weights": count_weights(self.model), "trained_weights": count_weights(self.model, trained=True),
+                                                "trained_tokens": sum(row.get("tokens", 0) for row in rows), "read_tokens": read_tokens})
         (self.folder / "state.pt").unlink(missing_ok=True)
         (self.folder / "state.writing").unlink(missing_ok=True)
         self.folder.rename(out)
@@ -268,8 +277,7 @@ def main(args):
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
     total = steps_per_epoch * args.epochs
-    checkpoints = {f"checkpoint-{round(100 * k * args.save_every)}": max(1, round(total * k * args.save_every))
-                   for k in range(1, math.ceil(1 / args.save_every - 1e-9))} if args.save_every else {}
+    checkpoints = checkpoint_steps(total, args.save_every)
     done = training.state.get("step", 0)
 
     bar = tqdm(total=total, initial=done, desc=f"sft {short(args.out)}", unit="step", mininterval=1)
@@ -292,7 +300,7 @@ def main(args):
             lr = args.lr * cosine_lr(done, total, args.warmup)
             norm = apply_gradients(model, optimizers, lr)
             done += 1
-            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm)
+            training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm, tokens=sum(len(ids) for ids, _ in batch))
             for name in (name for name, step in checkpoints.items() if step == done):
                 save_model(model, tokenizer, folder / name)
             training.save_state(done)

@@ -93,6 +93,12 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **
     return model.to(device)
 
 
+def count_weights(model, trained=False):
+    """Number of weights of a model, or of those that are trained; 4-bit ones lie two in a byte."""
+    import torch
+    return sum(p.numel() * (2 if p.dtype == torch.uint8 else 1) for p in model.parameters() if p.requires_grad or not trained)
+
+
 def read_adapters(folder):
     """{"base": model that they belong to, parameter: tensor} of a folder that `save_model` wrote from 4-bit weights, else None."""
     from safetensors import SafetensorError, safe_open

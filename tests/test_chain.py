@@ -141,6 +141,26 @@ def test_supervision_quality_and_naive_ilr(finished, tmp_path):
     assert "| NAIVE's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
 
 
+def test_every_baseline_runs_on_the_finished_run(copied):
+    out, bases = copied
+    done = call(out, bases, **{**TINY, "METHODS": ALL})
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = json.loads((out / "report.json").read_text())
+    assert set(numbers["tests"]) == {"weak", "gold", "sft", *(f"{m}_1" for m in ALL.split())}
+    run = out / "seed_0"
+    assert all(len((run / f"{m}_1/eval_1.jsonl").read_text().splitlines()) == TINY["TEST"] for m in ALL.split())
+    # what each point cost: models, generated files, judged pairs
+    learned = json.loads((run / "sft/model_1/price.json").read_text())
+    steps = [json.loads(line) for line in (run / "sft/model_1/metrics.jsonl").open()]
+    assert learned["trained_tokens"] == sum(s["tokens"] for s in steps) > 1000 and learned["weights"] == learned["trained_weights"] > 100_000
+    preferred = json.loads((run / "dpo_1/model_1/price.json").read_text())
+    assert preferred["read_tokens"] == preferred["trained_tokens"] > 0          # DPO_EPOCHS=1: read once by the reference, trained on once
+    sampled, answered = (json.loads((run / f"{name}.jsonl.price").read_text()) for name in ("dpo_1/samples", "sft/eval_1"))
+    assert sampled["generated_tokens"] > answered["generated_tokens"] > 0 and sampled["weights"] == learned["weights"]
+    assert json.loads((run / "ilr_1/comparisons.jsonl.summary").read_text())["read_tokens"] > 0
+    assert json.loads((run / "judge/model/price.json").read_text())["read_tokens"] > 0
+
+
 def check_order(commands, folder):
     """What the commands write, in an order in which whatever one of them reads in `folder` was written before; and all their
     flags are ones that the stages have."""
@@ -184,6 +204,21 @@ def test_dry_run_of_every_preset(preset, settings, tmp_path):
     labelled = [c for c in commands if "--source weak" in c or "--source proposal" in c]
     assert all(("--temperature 1.0" in c) == (preset == "saferpaca") for c in labelled)
     assert any("evaluate.py grade" in c and "labels" in c for c in commands) == (preset != "saferpaca")
+
+
+ALL = "ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin"
+
+
+@pytest.mark.parametrize("preset", ["arithmetic", "gsm8k"])
+def test_every_method_is_made_in_an_order_that_works(preset, tmp_path):
+    """Whatever the order of METHODS; and one stage after the other (JOBS=1) takes the same order."""
+    done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", METHODS=" ".join(reversed(ALL.split())), ROUNDS=2)
+    assert (done.returncode, done.stderr) == (0, "")
+    made = check_order(done.stdout.splitlines(), tmp_path)
+    at = tmp_path / "run/seed_0"
+    assert {f"{at}/{m}_{k}/eval_1.jsonl" for m in ALL.split() for k in (1, 2) if m != "ensemble"} | {f"{at}/ensemble_1/eval_1.jsonl"} <= set(made)
+    refused = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", METHODS="dpo rft")
+    assert refused.returncode == 2 and refused.stderr == "run_ilr.sh: error: METHODS: rft needs ilr beside it\n"
 
 
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):

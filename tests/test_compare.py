@@ -1,5 +1,6 @@
 """compare.py: what the judge reads, both orders, training pairs, splits, training and stopping."""
 import json
+import math
 import random
 from collections import Counter
 
@@ -196,6 +197,23 @@ def test_several_incorrect_samples_of_a_problem_are_all_different():
 
 def test_equal_texts_make_no_pair():
     assert compare.make_pairs(arithmetic, checkpoints("gold\n#### 7", "gold\n#### 7"), 0) == []
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "systematic"])
+def test_flipped_answers(problems, tmp_path, kind):
+    """A judge that knows, with a share of its answers turned round: an accuracy that is asked for."""
+    many = [{**p, "id": f"{p['id']} {k}", "completion": f"#### {p['reference']}"} for k in range(50) for p in problems]
+    for k in (1, 2):        # two questions about each problem
+        write_jsonl(tmp_path / f"b{k}.jsonl", [{**p, "completion": f"#### {int(p['reference']) + k}"} for p in many])
+    write_jsonl(tmp_path / "a.jsonl", many)
+    found = [score("oracle", tmp_path, "a.jsonl", f"b{k}.jsonl", f"c{k}.jsonl", "--flip-share", 0.3, "--flip-kind", kind) for k in (1, 2)]
+    n = len(many)
+    for comparisons, summary in found:
+        assert abs(summary["accuracy"] - 0.7) < 4 * math.sqrt(0.3 * 0.7 / n) and {c["prob_b"] for c in comparisons} == {0.0, 1.0}
+    both = sum(a["prob_b"] and b["prob_b"] for a, b in zip(*(c for c, _ in found)))      # wrong about a problem twice
+    assert both == round((1 - found[0][1]["accuracy"]) * n) if kind == "systematic" else abs(both / n - 0.09) < 4 * math.sqrt(0.09 * 0.91 / n)
+    unchanged, summary = score("oracle", tmp_path, "a.jsonl", "b1.jsonl", "d.jsonl", "--flip-kind", kind)
+    assert summary["accuracy"] == 1.0
 
 
 def test_three_splits():

@@ -45,7 +45,7 @@ def test_importing_loads_no_library():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages_are_short(stage):
-    assert 150 <= len((ROOT / f"{stage}.py").read_text(encoding="utf-8").splitlines()) <= 400
+    assert 150 <= len((ROOT / f"{stage}.py").read_text(encoding="utf-8").splitlines()) <= 450
 
 
 @pytest.mark.parametrize("command", [*([f"{s}.py"] for s in STAGES), *([f"tasks/{t}.py"] for t in tasks.TASKS), ["compare.py", "train"],

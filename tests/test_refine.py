@@ -191,3 +191,109 @@ def test_clean_keeps_the_right_labels_alone(tmp_path):
     with pytest.raises(InputError, match="none of its 2 labels is right"):
         run(refine, "--method", "clean", "--labels", tmp_path / "w.jsonl", "--task", "arithmetic", "--out", tmp_path / "d.jsonl")
     assert not (tmp_path / "d.jsonl").exists()
+
+
+# ---------------------------------------------------------------- baselines on the same comparisons
+@pytest.fixture
+def two_rounds(tmp_path):
+    """First labels of 40 problems, and ILR's comparisons and labels of two rounds."""
+    labels = [{"id": f"p{i:03d}", "prompt": f"USER:\nq{i}\n\nASSISTANT:\n", "completion": f"#### {i % 3}", "reference": "2", "source": "weak"} for i in range(40)]
+    write_jsonl(tmp_path / "0.jsonl", labels)
+    now = labels
+    for k in (1, 2):
+        rng = random.Random(k)
+        found = [{**comparison(i, rng.random() if i % 4 else None, r["completion"], f"#### {rng.randrange(9)}"), "prompt": r["prompt"]} for i, r in enumerate(now)]
+        write_jsonl(tmp_path / f"c{k}.jsonl", found)
+        run(refine, "--task", "arithmetic", "--labels", tmp_path / f"{k - 1}.jsonl", "--comparisons", tmp_path / f"c{k}.jsonl", "--max-replace", 0.3,
+            "--round", k, "--out", tmp_path / f"{k}.jsonl")
+        now = rows(tmp_path / f"{k}.jsonl")
+    return tmp_path
+
+
+def baseline(folder, method, *more):
+    (folder / "out.jsonl").unlink(missing_ok=True)
+    run(refine, "--method", method, "--task", "arithmetic", "--out", folder / "out.jsonl", *more)
+    return rows(folder / "out.jsonl")
+
+
+def test_filter_drops_what_was_ever_replaced(two_rounds):
+    labels, first, second = (rows(two_rounds / f"{k}.jsonl") for k in range(3))
+    replaced = {r["id"] for r in first + second if r["accepted"]}
+    assert {r["id"] for r in first if r["accepted"]} < replaced and len(replaced) < 40
+    kept = baseline(two_rounds, "filter", "--labels", two_rounds / "2.jsonl")
+    assert [(r["id"], r["completion"]) for r in kept] == [(r["id"], r["completion"]) for r in labels if r["id"] not in replaced]
+
+
+def test_rft_adds_what_was_accepted_and_removes_nothing(two_rounds):
+    labels, first, second = (rows(two_rounds / f"{k}.jsonl") for k in range(3))
+    new = baseline(two_rounds, "rft", "--labels", two_rounds / "0.jsonl", "--proposals", two_rounds / "1.jsonl", two_rounds / "2.jsonl")
+    assert new[:40] == labels and len({r["id"] for r in new}) == len(new)
+    texts = {(r["prompt"], r["completion"]) for r in new}
+    assert texts == {(r["prompt"], r["completion"]) for r in labels + [r for r in first + second if r["accepted"]]} and len(texts) == len(new) > 45
+
+
+def test_steer_writes_the_judges_mean_score_into_the_prompt(two_rounds):
+    comparisons = [c for k in (1, 2) for c in rows(two_rounds / f"c{k}.jsonl")]
+    new = baseline(two_rounds, "steer", "--labels", two_rounds / "0.jsonl", "--comparisons", two_rounds / "c1.jsonl", two_rounds / "c2.jsonl")
+    scores = {}
+    for c in comparisons:
+        if not c["agree"]:
+            scores.setdefault((c["prompt"], c["completion_a"]), []).append(1 - c["prob_b"])
+            scores.setdefault((c["prompt"], c["completion_b"]), []).append(c["prob_b"])
+    expected = {(p.replace("USER:\n", f"USER:\nQuality: {min(4, math.floor(5 * sum(s) / len(s)))}\n"), text) for (p, text), s in scores.items()}
+    assert {(r["prompt"], r["completion"]) for r in new if "Quality" in r["prompt"]} == expected and len({r["id"] for r in new}) == len(new)
+    plain = [r for r in new if "Quality" not in r["prompt"]]
+    assert [r["id"] for r in plain] == [f"p{i:03d}" for i in range(0, 40, 4)]       # where nothing was asked
+    asking = baseline(two_rounds, "steer", "--labels", two_rounds / "0.jsonl")
+    assert [r["prompt"] for r in asking] == [f"USER:\nQuality: 4\nq{i}\n\nASSISTANT:\n" for i in range(40)]
+    assert refine.ask_for("plain", 0) == "Quality: 0\nplain"
+
+
+def test_chosen_are_the_chosen_sides_of_the_same_pairs(two_rounds):
+    pairs = baseline(two_rounds, "pairs", "--comparisons", two_rounds / "c1.jsonl")      # ILR's comparisons have no `pair`
+    chosen = baseline(two_rounds, "chosen", "--comparisons", two_rounds / "c1.jsonl")
+    assert len(pairs) == 6 and [(r["prompt"], r["completion"]) for r in chosen] == [(p["prompt"], p["chosen"]) for p in pairs]
+
+
+def test_spin_prefers_the_demonstration_to_each_other_sample(two_rounds):
+    labels = rows(two_rounds / "0.jsonl")
+    write_jsonl(two_rounds / "s.jsonl", [{**r, "completion": f"#### {(i + s) % 3}", "sample": s} for i, r in enumerate(labels) for s in (0, 1, 2)])
+    pairs = baseline(two_rounds, "spin", "--labels", two_rounds / "0.jsonl", "--proposals", two_rounds / "s.jsonl")
+    assert [(p["id"], p["pair"], p["chosen"], p["rejected"]) for p in pairs] == [
+        (r["id"], s, r["completion"], f"#### {(i + s) % 3}") for i, r in enumerate(labels) for s in (1, 2)]
+
+
+def test_vote_takes_the_answer_that_most_agree_on(two_rounds):
+    labels = rows(two_rounds / "0.jsonl")[:3]
+    answers = [["#### 5", "#### 7", "so #### 7"], ["#### 1", "#### 2", "#### 3"], ["#### 4", "nothing", "#### 4"]]     # 7 of 2; a tie: the first; 4
+    write_jsonl(two_rounds / "l.jsonl", labels)
+    for k, part in enumerate([(0, 1), (2,)]):
+        write_jsonl(two_rounds / f"s{k}.jsonl", [{**r, "completion": a[s], "sample": s} for r, a in zip(labels, answers) for s in part])
+    voted = baseline(two_rounds, "vote", "--labels", two_rounds / "l.jsonl", "--proposals", two_rounds / "s0.jsonl", two_rounds / "s1.jsonl")
+    assert [(r["id"], r["completion"], r["votes"], r["reference"]) for r in voted] == [
+        ("p000", "#### 7", 2, "2"), ("p001", "#### 1", 1, "2"), ("p002", "#### 4", 2, "2")]
+
+
+@pytest.mark.parametrize("method, more, message", [
+    ("vote", ["--proposals", "few.jsonl"], "id p001 of .* is missing"), ("rft", ["--proposals", "0.jsonl"], "field 'accepted' is missing"),
+    ("rft", [], "needs --proposals"), ("ilr", ["--comparisons", "c1.jsonl", "c2.jsonl"], "reads one file of --comparisons, not 2")])
+def test_baselines_refuse_what_they_cannot_use(two_rounds, method, more, message):
+    write_jsonl(two_rounds / "few.jsonl", rows(two_rounds / "0.jsonl")[:1])
+    with pytest.raises(InputError, match=message):
+        baseline(two_rounds, method, "--labels", two_rounds / "0.jsonl", *[two_rounds / x if x.endswith("jsonl") else x for x in more])
+    assert not (two_rounds / "out.jsonl").exists()
+
+
+def test_other_readings_of_the_judge(tmp_path):
+    rng = random.Random(0)
+    comparisons = [comparison(i, rng.random(), f"a{i}", f"b{i}", pair=0) for i in range(400)]
+    same, coin = (refine.misread(comparisons, reading, 0) for reading in ("same", "coin"))
+    assert all(abs(c["prob_b"] - 0.5) < 1e-6 and c["prob_b"] != 0.5 for c in same) and len({c["prob_b"] > 0.5 for c in same}) == 2
+    # neither knows what the judge said: of 400, agreement by chance is 200 with a standard deviation of 10
+    for rows_ in (same, coin):
+        assert 140 < sum((c["prob_b"] > 0.5) == (d["prob_b"] > 0.5) for c, d in zip(rows_, comparisons)) < 260
+    assert coin == refine.misread(comparisons, "coin", 0) != refine.misread(comparisons, "coin", 1)
+    pairs = refine.preference_pairs(same, 0.5, 0)
+    assert len(pairs) == 200 and {p["chosen"][0] for p in pairs} == {"a", "b"}
+    agreed = [comparison(0, None, pair=0)]
+    assert refine.misread(agreed, "same", 0) == agreed
