@@ -35,6 +35,8 @@ EVAL=${EVAL:-test}                # test, or validation while choosing settings
 ALPHA=${ALPHA:-0.15}              # share of the disagreements that ILR may replace
 DPO_ALPHA=${DPO_ALPHA:-0.15}      # share of all pairs that DPO trains on, the judge's surest
 BETA=${BETA:-0.1}                 # DPO's pull towards its reference
+DPO_LOSS=${DPO_LOSS:-sigmoid}     # or cdpo, rdpo (both told of the judge's errors), ipo, hinge, asft (which has no BETA)
+DPO_NLL=${DPO_NLL:-0}             # weight of the chosen answers' likelihood in DPO's loss
 JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
 JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of its answers that are turned round,
@@ -95,7 +97,7 @@ case $TASK in
     DECODING=${DECODING:---max-new-tokens $TOKENS --batch-size 256} SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird saferpaca gsm8k-70b" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
@@ -117,11 +119,13 @@ check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST 
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA DPO_NLL WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
 check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
 url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
 check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
 case $JUDGE in http*) check '.+' 'the model behind the URL of JUDGE' JUDGE_MODEL ;; esac
+check '(sigmoid|cdpo|rdpo|ipo|hinge|asft)' 'one of sigmoid, cdpo, rdpo, ipo, hinge, asft' DPO_LOSS
+case $DPO_LOSS in cdpo|rdpo) check trained "trained with DPO_LOSS=$DPO_LOSS, whose noise rate is that of a trained judge" JUDGE ;; esac
 if [ "$TASK" = saferpaca ]; then
   check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
   case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac
@@ -417,7 +421,7 @@ policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains 
         train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --task "$TASK" --seed $((seed + 1000 * (r - 1)))
       else
         stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
-          --beta "$BETA" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
+          "${loss[@]}" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
           --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $LOADING
       fi
     done
@@ -437,11 +441,19 @@ policy_answers() { # policy_answers METHOD: the test answers of its rounds
 
 # ---------------------------------------------------------------- the run
 pipeline() {
-  local seed run data at judge steps method bases start
+  local seed run data at judge loss steps method bases start
   base_recipe
   for seed in $SEEDS; do
     at=seed_$seed run=$OUT/seed_$seed data=$OUT/seed_$seed/data judge=$OUT/seed_$seed/judge/model
     [ "$JUDGE" = trained ] || judge=$JUDGE
+    loss=(--beta "$BETA")
+    case $DPO_LOSS in
+      sigmoid) ;;
+      cdpo|rdpo) loss+=(--loss "$DPO_LOSS" --judge "$judge") ;;
+      asft) loss=(--loss asft) ;;
+      *) loss+=(--loss "$DPO_LOSS") ;;
+    esac
+    [ "$DPO_NLL" = 0 ] || loss+=(--nll-weight "$DPO_NLL")
     if [ "$CLEAN_START" = 1 ]; then start=$run/clean/labels.jsonl; else start=$run/weak/labels.jsonl; fi
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
       --seed "$seed" "${PREPARE[@]}"

@@ -43,6 +43,7 @@ def good(tiny, problems, tmp_path_factory):
     for part in (judge, tokenizer):
         part.save_pretrained(top / "judge")
     tasks.write_json(top / "judge/judge.json", {})
+    tasks.write_json(top / "coin/judge.json", {"held_out_accuracy": 0.5})
     (top / "no_model").mkdir()
     (top / "torn").mkdir()
     for path in (tiny / "model").iterdir():
@@ -229,6 +230,18 @@ def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
     ("refine --labels {proposals.jsonl} --comparisons {comparisons.jsonl} --task arithmetic --out {out}", "is not the label in"),
     ("dpo --model {model} --data {pairs.jsonl} --out {out} --max-length 3", "pairs.jsonl: no pair fits --max-length 3"),
     ("dpo --model {model} --reference {no_model} --data {pairs.jsonl} --out {out}", "no_model: not a model folder"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss kto", "argument --loss: invalid choice: 'kto'"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss cdpo", "--loss cdpo needs a noise rate: give either --noise or --judge"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss rdpo --noise 0.1 --judge {coin}", "give either --noise or --judge"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss rdpo --noise 0.5", "argument --noise: 0.5: expected a share below 0.5"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss rdpo --judge {coin}", "coin: right on 50.0% of its held-out pairs, no better"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss cdpo --judge {judge}", "judge: not a folder that `compare.py train`"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss cdpo --judge {nowhere}", "nowhere: not a folder that `compare.py train`"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --noise 0", "--noise has no effect with --loss sigmoid"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss ipo --judge {coin}", "--judge has no effect with --loss ipo"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss asft --beta 0.1", "--beta has no effect with --loss asft"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss asft --reference {model}", "--reference has no effect with --loss asft"),
+    ("dpo --model {model} --data {pairs.jsonl} --out {out} --nll-weight -1", "argument --nll-weight: -1: expected 0 or a number above it"),
     ("evaluate grade --task french --data {labels.jsonl} --out {out}", "no tasks/french.py"),
     ("evaluate report {no_model}", "no graded answers in"),
     ("evaluate pick --task arithmetic --data {labels.jsonl} --models {labels.jsonl} --accuracy 0.5 --out {out}", "no such folder"),

@@ -221,6 +221,26 @@ def test_every_method_is_made_in_an_order_that_works(preset, tmp_path):
     assert refused.returncode == 2 and refused.stderr == "run_ilr.sh: error: METHODS: rft needs ilr beside it\n"
 
 
+@pytest.mark.parametrize("settings, flags", [
+    ({}, "--beta 0.1 --lr"), ({"DPO_LOSS": "rdpo", "BETA": 0.2}, "--beta 0.2 --loss rdpo --judge {judge} --lr"),
+    ({"DPO_LOSS": "hinge"}, "--beta 0.1 --loss hinge --lr"), ({"DPO_LOSS": "asft", "DPO_NLL": 0.5, "JUDGE": "oracle"}, "--loss asft --nll-weight 0.5 --lr")], ids=["", "rdpo", "hinge", "asft"])
+def test_another_preference_loss(settings, flags, tmp_path):
+    done = call(tmp_path / "run", tmp_path / "bases", "--dry-run", SEEDS="0 1", **settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    check_order(done.stdout.splitlines(), tmp_path)
+    for seed in (0, 1):
+        trained = [c for c in done.stdout.splitlines() if " dpo.py " in c and f"seed_{seed}/" in c]
+        assert len(trained) == 3 and all(flags.format(judge=tmp_path / f"run/seed_{seed}/judge/model") in c for c in trained)
+        assert settings or not any("--loss" in c or "--nll-weight" in c for c in trained)
+
+
+@pytest.mark.parametrize("judge", ["oracle", "human", "http://h/v1"])
+def test_losses_that_need_a_noise_rate_need_a_trained_judge(judge, tmp_path):
+    refused = call(tmp_path / "run", tmp_path / "bases", JUDGE=judge, JUDGE_MODEL="m", DPO_LOSS="rdpo")
+    assert refused.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert refused.stderr == f"run_ilr.sh: error: JUDGE is '{judge}': expected trained with DPO_LOSS=rdpo, whose noise rate is that of a trained judge\n"
+
+
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     out, bases = tmp_path / "run", tmp_path / "bases"
     shown = call(out, bases, "--help", **TINY)
@@ -236,7 +256,8 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5",
-                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1"])
+                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1",
+                                     "DPO_LOSS=kto", "DPO_NLL=-1"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
