@@ -1,4 +1,5 @@
 """dpo.py: the loss and its gradient, packed pairs, the reference, metrics, continuing."""
+import json
 import math
 
 import pytest
@@ -137,6 +138,17 @@ def test_long_pairs_are_left_out_whole(argv, tokenizer, pairs, tmp_path, capsys)
     run(dpo, *argv, "--out", tmp_path / "m", "--epochs", 1, "--batch-size", 1, "--max-length", limit)
     assert len(rows(tmp_path / "m/metrics.jsonl")) == sum(n <= limit for n in lengths) < 10
     assert f"{sum(n > limit for n in lengths)} of 10 pairs are longer" in capsys.readouterr().out
+
+
+def test_checkpoints_are_models_of_their_step(argv, tmp_path):
+    """Half of a run of 8 steps is what a run looks like after 4: a model of its own, which the end is not."""
+    run(dpo, *argv, "--batch-size", 5, "--epochs", 4, "--lr", 1e-3, "--save-every", 0.5, "--out", tmp_path / "m")
+    run(dpo, *argv, "--batch-size", 5, "--epochs", 4, "--lr", 1e-3, "--out", tmp_path / "plain")
+    half, end, plain = (load_file(tmp_path / p / "model.safetensors") for p in ("m/checkpoint-50", "m", "plain"))
+    assert all((end[n] == plain[n]).all() for n in end) and any((half[n] != end[n]).any() for n in end)
+    assert not (tmp_path / "m/checkpoint-100").exists() and (tmp_path / "m/checkpoint-50/tokenizer.json").exists()
+    price = json.loads((tmp_path / "m/price.json").read_text())
+    assert price["trained_tokens"] == 4 * price["read_tokens"] == sum(r["tokens"] for r in rows(tmp_path / "m/metrics.jsonl"))
 
 
 @pytest.mark.parametrize("calls", [1, 4])
