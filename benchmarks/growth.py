@@ -3,7 +3,7 @@
     pip install -r benchmarks/requirements.txt && python benchmarks/growth.py [size length records samples]
 
 Every measurement is the median of --repeats; a slope is that of the least-squares line through the logarithms, so cost grows with the
-slope-th power. Sizes, lengths and samples are timed in one process on GSM8K's texts; records go through every stage as its own process,
+slope-th power (records: of the last tenfold step, beyond which starting up is small). Sizes, lengths and samples are timed in one process on GSM8K's texts; records go through every stage as its own process,
 started as a user would, with a model of one small layer on arithmetic problems, and its largest resident memory is noted.
 Writes results/growth.md, .json and .png; axes that are not named keep what they had.
 """
@@ -33,9 +33,10 @@ def seconds(run, repeats):
     return statistics.median(times[1:])
 
 
-def slope(points):
+def slope(axis, points):
     """b of log y = a + b log x, by least squares; points: [(x, y)]."""
     import numpy as np
+    points = points[-2:] if axis in ("records", "memory") else points
     return float(np.polyfit(*np.log(np.array(points, float)).T, 1)[0])
 
 
@@ -196,7 +197,7 @@ def draw(results):
     for panel, (axis, curves) in zip(panels[0], results.items()):
         _, x, y, title = AXES[axis]
         for (name, points), marker in zip(curves.items(), "os^Dv<>"):
-            panel.loglog(*zip(*points), marker=None if "floor" in name else marker, linestyle=":" if "floor" in name else "-", label=f"{name}: slope {slope(points):.2f}")
+            panel.loglog(*zip(*points), marker=None if "floor" in name else marker, linestyle=":" if "floor" in name else "-", label=f"{name}: slope {slope(axis, points):.2f}")
         panel.set(xlabel=x, ylabel=y, title=title)
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -217,7 +218,7 @@ def main(args):
         _, x, y, _ = AXES[axis]
         points = [p[0] for p in next(iter(r["curves"].values()))]
         lines += [f"**{y[0].upper() + y[1:]} against {x}**", "", f"| | {' | '.join(f'{p:,}' for p in points)} | slope |", "| --- " * (len(points) + 2) + "|",
-                  *(f"| {name} | {' | '.join(f'{v:.3g}' for _, v in curve)} | {slope(curve):.2f} |" for name, curve in r["curves"].items()), "",
+                  *(f"| {name} | {' | '.join(f'{v:.3g}' for _, v in curve)} | {slope(axis, curve):.2f} |" for name, curve in r["curves"].items()), "",
                   ", ".join(f"{k} {v}" for k, v in r["about"].items()), ""]
     print("\n".join(lines))
     (RESULTS / "growth.md").write_text("\n".join(lines))
