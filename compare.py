@@ -349,6 +349,8 @@ def measure(task, comparisons):
     flip_rate: share of asked pairs whose answer changes with the order. position_bias: mean of
     |P(change | ab) - (1 - P(change | ba))| / 2, the part of a probability that the order alone decides.
     accuracy: over the `decisive` pairs, of which exactly one side is right, how often the judge prefers it (0.5: half).
+    calibration: of the same pairs, ten bins of prob_b, each [mean prob_b, share of pairs whose B is the better, pairs]; a
+    reliability diagram's points (DeGroot & Fienberg 1983).
     """
     asked = [c for c in comparisons if not c["agree"]]
     result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": None, "position_bias": None}
@@ -361,8 +363,11 @@ def measure(task, comparisons):
     sides = [[{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")]
     if asked and may_grade(task, *sides):
         graded = [(c["prob_b"], task.grade(a), task.grade(b)) for c, a, b in zip(asked, *sides)]
-        decisive = [0.5 if p == 0.5 else float((p > 0.5) == (b > a)) for p, a, b in graded if a != b]
-        result.update(decisive=len(decisive), accuracy=sum(decisive) / len(decisive) if decisive else None)
+        decisive = [(p, b > a) for p, a, b in graded if a != b]
+        right = [0.5 if p == 0.5 else float((p > 0.5) == b_right) for p, b_right in decisive]
+        bins = [[x for x in decisive if min(int(10 * x[0]), 9) == k] for k in range(10)]
+        result.update(decisive=len(decisive), accuracy=sum(right) / len(right) if right else None,
+                      calibration=[[*(sum(x) / len(x) for x in zip(*pairs)), len(pairs)] if pairs else [None, None, 0] for pairs in bins])
     return result
 
 

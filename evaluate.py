@@ -1,13 +1,13 @@
-"""Grade completions; a run folder -> the paper-style table and figures.
+"""Grade completions; a run folder -> one page like a paper's results section: claims, table, figures, price, caveats.
 
     python evaluate.py grade --task arithmetic --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
     python evaluate.py pick --task arithmetic --data s1.jsonl s2.jsonl --models m1 m2 --accuracy 0.5 --out labeler
-    python evaluate.py report runs/arithmetic                                           # report.md, report.json, 2 figures
+    python evaluate.py report runs/arithmetic                                           # report.md, .html, .json, 4 figures
     python evaluate.py config runs/x TASK=arithmetic ROUNDS=3 ...                       # run_ilr.sh: write or check config.json
 
-The report reads graded answers, summaries and times of every seed that is there; a number that a run has not produced is
-left blank. Intervals: over seeds, Student's t on the seeds' means (each the mean of its retrains); for one seed, Wilson's
-interval over problems, which knows nothing of other seeds and retrains.
+The report reads graded answers, summaries, prices and times of every seed that is there; a number that a run has not
+produced is left blank. Intervals in tables: over seeds, Student's t on the seeds' means (each the mean of its retrains); for
+one seed, Wilson's over problems. "A beats B" needs a paired bootstrap over seeds and problems, and Student's t, to exclude 0.
 """
 import hashlib
 import importlib.metadata
@@ -18,10 +18,12 @@ import platform
 import subprocess
 from pathlib import Path
 
-from tasks import (TASKS, InputError, get_task, make_parser, read_jsonl, refuse_existing, run_stage, share, warm, write_json, write_jsonl,
-                   write_text)
+from tasks import (TASKS, InputError, _figures, get_task, make_parser, read_json, read_jsonl, refuse_existing, run_stage, share, warm,
+                   write_json, write_jsonl, write_text)
+from tasks._methods import METHODS, PRICES, labels_of, methods_of, number, points_of, prices, within
 
-MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")     # settings that add work and change none
+MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")      # settings that add work and change none
+REPORTING = ("evaluate.py", "_figures.py", "_methods.py")  # sources that only read what a run made
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom (standard table); beyond 30 the normal's 1.96.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -44,6 +46,25 @@ def mean_interval(values):
         return mean, None
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
     return mean, (T975[n - 2] if n - 2 < len(T975) else 1.96) * sd / math.sqrt(n)
+
+
+def bootstrap(differences, draws=10_000):
+    """95% interval (low, high) of the mean over seeds of a paired difference: percentiles of a two-stage bootstrap, which draws
+    seeds with replacement and, within each drawn seed, its problems with replacement.
+
+    differences: for each seed an array of its problems' differences. Percentiles: Efron & Tibshirani 1993, An Introduction to
+    the Bootstrap, chapter 13; two stages: Davison & Hinkley 1997, Bootstrap Methods, section 3.8. To draw n problems is to
+    draw how often each distinct difference comes up, and there are few of them: one multinomial draw in place of n indices.
+    """
+    import numpy as np
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(len(differences), size=(draws, len(differences)))
+    means = np.empty(seeds.shape)
+    for k, of_problems in enumerate(differences):
+        values, counts = np.unique(of_problems, return_counts=True)
+        drawn = seeds == k
+        means[drawn] = rng.multinomial(len(of_problems), counts / len(of_problems), size=int(drawn.sum())) @ values / len(of_problems)
+    return tuple(float(q) for q in np.percentile(means.mean(1), (2.5, 97.5)))
 
 
 # ---------------------------------------------------------------- grade
@@ -97,13 +118,13 @@ def config(args):
     git = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
     sources = sorted([*here.glob("*.py"), *here.glob("tasks/*.py"), here / "run_ilr.sh"])
     now = {"settings": dict(s.partition("=")[::2] for s in args.settings),
-           "code": hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.name != "evaluate.py")).hexdigest()[:12],
+           "code": hashlib.sha256(b"".join(p.read_bytes() for p in sources if p.name not in REPORTING)).hexdigest()[:12],
            "commit": git.stdout.strip() or None,
            "versions": {"python": platform.python_version(), **{
                name: importlib.metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")}}}
     path = Path(args.run) / "config.json"
     if path.exists() and any(Path(args.run).glob("seed_*/*/*")):        # else nothing was made under the old settings
-        flat = [{**c.get("settings", {}), "code": c.get("code"), **c.get("versions", {})} for c in (load_json(path), now)]
+        flat = [{**c.get("settings", {}), "code": c.get("code"), **c.get("versions", {})} for c in (read_json(path), now)]
         changed = [f"{k} was {flat[0].get(k)!r}, is {flat[1].get(k)!r}" for k in {**flat[0], **flat[1]}
                    if flat[0].get(k) != flat[1].get(k) and k not in MAY_GROW]
         if changed:
@@ -113,63 +134,34 @@ def config(args):
 
 
 # ---------------------------------------------------------------- report: what a run folder says
-def correct_share(path):
-    rows = read_jsonl(path, ("correct",), ())
-    return sum(r["correct"] for r in rows) / len(rows), len(rows)
-
-
-def load_json(path):
-    """The object in a JSON file, {} where there is none."""
-    try:
-        value = json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    except ValueError as e:
-        raise InputError(f"{path}: not JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
-
-
 def collect(run):
-    """What the files of a run say: `tests` and `labels` as {point: {seed: [share correct of each retrain]}}, summaries and
-    the number of problems in a test file."""
-    tests, labels, comparisons, refinements, judges, n_test = {}, {}, {}, {}, {}, 0
+    """What the files of a run say: `answers` as {point: {seed: [{id: correct} of each retrain]}}, `tests` and `labels` as
+    {point: {seed: [share correct of each retrain]}}, summaries as {point: {seed: summary}}, seconds as {stage: its first time}."""
+    answers, labels, comparisons, refinements, judges, seconds = {}, {}, {}, {}, {}, {}
     seeds = sorted((p for p in run.glob("seed_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
     for folder in seeds:
         seed = int(folder.name[5:])
-        for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: int(p.name.split("_")[1].split(".")[0])):
-            right, n_test = correct_share(path)
-            tests.setdefault(path.parent.name, {}).setdefault(seed, []).append(right)
-        for path in folder.glob("*/labels.graded.jsonl"):
-            labels.setdefault(path.parent.name, {})[seed] = [correct_share(path)[0]]
-        for path in folder.glob("*/comparisons.jsonl.summary"):
-            comparisons.setdefault(path.parent.name, {})[seed] = load_json(path)
-        for pattern in ("labels", "preferences"):
-            for path in folder.glob(f"*/{pattern}.jsonl.summary"):
-                refinements.setdefault(path.parent.name, {})[seed] = load_json(path)
-        if (folder / "judge/model/judge.json").exists():
-            judges[seed] = load_json(folder / "judge/model/judge.json")
-    return dict(seeds=[int(p.name[5:]) for p in seeds], tests=tests, labels=labels, comparisons=comparisons,
-                refinements=refinements, judges=judges, n_test=n_test)
+        for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: (p.parent.name, int(p.name.split("_")[1].split(".")[0]))):
+            answers.setdefault(path.parent.name, {}).setdefault(seed, []).append({r["id"]: r["correct"] for r in read_jsonl(path, ("id", "correct"))})
+        for path in sorted(folder.glob("*/labels.graded.jsonl")):
+            rows = read_jsonl(path, ("correct",), ())
+            labels.setdefault(path.parent.name, {})[seed] = [sum(r["correct"] for r in rows) / len(rows)]
+        for name, summaries in (("comparisons", comparisons), ("labels", refinements), ("preferences", refinements)):
+            for path in sorted(folder.glob(f"*/{name}.jsonl.summary")):
+                summaries.setdefault(path.parent.name, {})[seed] = read_json(path)
+        if judge := read_json(folder / "judge/model/judge.json"):
+            judges[seed] = judge
+    for row in read_jsonl(run / "times.jsonl", ("stage", "seconds"), ()) if (run / "times.jsonl").exists() else []:
+        seconds.setdefault(row["stage"], row["seconds"])        # of several retrains the first, model_1
+    tests = {p: {s: [sum(c.values()) / len(c) for c in retrains] for s, retrains in by_seed.items()} for p, by_seed in answers.items()}
+    settings = read_json(run / "config.json").get("settings", {})
+    task = get_task(settings["TASK"]) if settings.get("TASK") in TASKS else None
+    return dict(run=run, seeds=[int(p.name[5:]) for p in seeds], answers=answers, tests=tests, labels=labels, comparisons=comparisons,
+                refinements=refinements, judges=judges, seconds=seconds, settings=settings, metric=getattr(task, "METRIC", "accuracy"),
+                n_test=max((len(c) for by_seed in answers.values() for retrains in by_seed.values() for c in retrains), default=0))
 
 
-def points_of(data, method):
-    """The points of a method in order, {round: name}: the SFT start is round 0."""
-    rounds = {int(p.rpartition("_")[2]): p for p in data["tests"] if p.rpartition("_")[0] == method}
-    return dict(sorted({**({0: "sft"} if "sft" in data["tests"] else {}), **rounds}.items()))
-
-
-def labels_of(data, methods):
-    """{method: {round: {seed: [share correct]}}} of the methods that refine labels; round 0 is what SFT trains on."""
-    start = data["labels"].get("clean") or data["labels"].get("weak", {})
-    return {m: {0: start, **{k: data["labels"][p] for k, p in points_of(data, m).items() if p in data["labels"]}}
-            for m in [m for m in methods if m != "dpo"] or ["ilr"]} if start else {}
-
-
-def methods_of(data):
-    return sorted({p.rpartition("_")[0] for p in data["tests"] if p.rpartition("_")[2].isdigit()},
-                  key=lambda m: (m != "ilr", m))
-
-
+# ---------------------------------------------------------------- report: claims
 def seed_means(by_seed):
     """{seed: mean of its retrains}: retrains share their data, so only seeds count as independent."""
     return {seed: sum(shares) / len(shares) for seed, shares in by_seed.items()}
@@ -180,6 +172,54 @@ def over_seeds(by_seed):
     return mean_interval([100 * v for v in seed_means(by_seed).values()])
 
 
+def paired(answers, a, b):
+    """Points a - b in percentage points, over the seeds that have both and problem by problem, retrains averaged first:
+    {mean, per_seed, bootstrap, student (None for one seed), established}; None where no seed has both."""
+    import numpy as np
+    differences = []
+    for seed in [s for s in answers.get(a, {}) if s in answers.get(b, {})]:
+        retrains = answers[a][seed], answers[b][seed]
+        ids = list(retrains[0][0])
+        if any(c.keys() != set(ids) for side in retrains for c in side):
+            raise InputError(f"seed {seed}: the graded answers of {a} and {b} are not of the same problems")
+        x, y = (np.mean([[c[i] for i in ids] for c in side], axis=0) for side in retrains)
+        differences.append(100 * (x - y))
+    if not differences:
+        return None
+    per_seed = [float(d.mean()) for d in differences]
+    mean, half = mean_interval(per_seed)
+    intervals = bootstrap(differences), None if half is None else (mean - half, mean + half)
+    return {"mean": mean, "per_seed": per_seed, "bootstrap": intervals[0], "student": intervals[1],
+            "established": all(i[0] > 0 or i[1] < 0 for i in intervals if i)}
+
+
+def claims(data):
+    """The comparisons of the report, `paired` and named: last rounds against SFT, ILR's against the others' and DPO's best."""
+    last = {m: list(points_of(data, m).items())[-1] for m in methods_of(data)}
+    names = {m: f"{METHODS[m][0]} (round {k})" for m, (k, _) in last.items()}
+    wanted = [(names[m], last[m][1], "SFT", "sft") for m in last]
+    if "ilr" in last:
+        wanted += [(names["ilr"], last["ilr"][1], names[m], last[m][1]) for m in last if m != "ilr"]
+    if {"ilr", "dpo"} <= set(last):
+        best = max((k for k in points_of(data, "dpo") if k), key=lambda k: over_seeds(data["tests"][f"dpo_{k}"])[0])
+        if best != last["dpo"][0]:
+            wanted.append((names["ilr"], last["ilr"][1], f"DPO (round {best}, its best on these problems, a choice in DPO's favor)", f"dpo_{best}"))
+    return [{"a": a, "b": b, **found} for a, point, b, other in wanted if (found := paired(data["answers"], point, other))]
+
+
+def sentence(claim):
+    """A claim in words: the winner first where it is established, else the difference as it was asked for."""
+    sign = -1 if claim["established"] and claim["mean"] < 0 else 1
+    a, b = (claim["a"], claim["b"])[::sign]
+    what = (f"**{a} beats {b} by {abs(claim['mean']):.1f} points**" if claim["established"] else
+            f"{a} against {b}: {claim['mean']:+.1f} points, not established")
+    intervals = ", ".join("{} {:+.1f} to {:+.1f}".format(name, *sorted(sign * x for x in claim[key]))
+                          for key, name in (("bootstrap", "bootstrap"), ("student", "Student's t")) if claim[key])
+    seeds = f"; by seed {', '.join(f'{sign * d:+.1f}' for d in claim['per_seed'])}" if len(claim["per_seed"]) > 1 else ""
+    return f"- {what} ({intervals}{seeds})."
+
+
+# ---------------------------------------------------------------- report: the page
 def cell(by_seed, n=0):
     """'72.7 ± 2.1' in percent from {seed: [shares]}; one seed: Wilson's interval over n problems."""
     mean, half = over_seeds(by_seed)
@@ -191,125 +231,178 @@ def cell(by_seed, n=0):
     return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
-def paired(tests, a, b):
-    """Difference a - b of two points per seed, in points: ("mean ± half width", "per seed", mean, whether
-    the interval excludes 0, None for a single seed); None where no seed has both."""
-    first, second = seed_means(tests.get(a, {})), seed_means(tests.get(b, {}))
-    differences = [100 * (first[s] - second[s]) for s in first if s in second]
-    if not differences:
-        return None
-    mean, half = mean_interval(differences)
-    return (f"{mean:+.1f}" + (f" ± {half:.1f}" if half is not None else ""), ", ".join(f"{d:+.1f}" for d in differences), mean,
-            None if half is None else abs(mean) > half)
-
-
 def table(header, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, ["---"] * len(header), *rows]) + "\n"
 
 
-def average(by_seed, key, percent=True):
-    values = [s[key] for s in by_seed.values() if s.get(key) is not None]
-    if not values:
-        return ""
-    mean = sum(values) / len(values)
-    return f"{100 * mean:.1f}" if percent else f"{mean:,.0f}"
+def average(by_seed, key, percent=True, error=False):
+    """A summary's number, mean over the seeds that have it; error: 1 minus it."""
+    values = [1 - s[key] if error else s[key] for s in by_seed.values() if s.get(key) is not None]
+    mean = sum(values) / max(1, len(values))
+    return "" if not values else f"{100 * mean:.1f}" if percent else f"{mean:,.0f}"
 
 
-def metric_of(settings):
-    return getattr(get_task(settings["TASK"]), "METRIC", "accuracy") if settings.get("TASK") in TASKS else "accuracy"
+def supervision(data):
+    """The table "How unreliable was the supervision": a row per seed and their mean; several numbers in a cell: by round."""
+    labels = {s: {"correct": share} for s, (share,) in labels_of(data).get("ilr", {}).get(0, {}).items()}
+    columns = [("label error", [labels], "correct", True), ("judge error, held-out pairs", [data["judges"]], "held_out_accuracy", True),
+               ("order flips, held-out pairs", [data["judges"]], "held_out_flip_rate", False)]
+    for m in ("ilr", "dpo"):
+        points = [p for k, p in points_of(data, m).items() if k]
+        columns += [(f"{what}, {METHODS[m][0]}", [data[kind].get(p, {}) for p in points], key, error) for what, kind, key, error in (
+            ("judge error", "comparisons", "accuracy", True), ("order flips", "comparisons", "flip_rate", False),
+            ("precision", "refinements", "precision", False), ("recall", "refinements", "recall", False))]
+    columns = [c for c in columns if any(average(by_seed, c[2]) for by_seed in c[1])]
+    groups = [(str(s), [s]) for s in data["seeds"]] + ([("mean", data["seeds"])] if len(data["seeds"]) > 1 else [])
+    return table(["seed", *(c[0] for c in columns)], [[name, *(
+        ", ".join(average({s: v for s, v in by_seed.items() if s in seeds}, key, error=error) or "–" for by_seed in rounds)
+        for _, rounds, key, error in columns)] for name, seeds in groups]) if columns else ""
 
 
-def write_report(run, data, times, settings):
-    tests, n, seeds = data["tests"], data["n_test"], data["seeds"]
-    methods = methods_of(data)
+def caveats(data):
+    """What to know before trusting the page further than it goes, as far as the run folder says it."""
+    settings, tests, n = data["settings"], data["tests"], len(data["seeds"])
+    trainings = {len(v) for by_seed in tests.values() for v in by_seed.values()}
+    dialed = [what.format(float(settings[key])) for key, what in (
+        ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
+        ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs")) if float(settings.get(key) or 0) > 0]
+    said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
+            f"{n} seeds, each with data, a weak model and a judge of its own."
+            + (" They are few: a bootstrap over them is too narrow, and Student's t leans on the normal." if n < 10 else "")]
+    said += [what for key, value, what in (
+        ("TASK", "arithmetic", "All seeds share one pair of base models, trained here: no interval says anything of other base models."),
+        ("JUDGE", "oracle", "The judge is an oracle, which reads the references."),
+        ("CLEAN_START", "1", "Labels that are wrong by their references were dropped before SFT."),
+        ("EVAL", "validation", "These are validation problems, on which settings may have been chosen.")) if settings.get(key) == value]
+    if dialed:
+        said.append(f"Supervision is dialed: {'; '.join(dialed)}. How unreliable it came out is a setting, not a finding.")
+    if missing := [f"{p} has {len(tests[p])}" for p in sorted(tests) if len(tests[p]) < n]:
+        said.append(f"Not every point has all {n} seeds: {', '.join(missing)}.")
+    if trainings == {1}:
+        said.append("One training a point: how much retraining alone would change a number is not measured.")
+    elif last := [p for k, p in points_of(data, "dpo").items() if k][-1:]:
+        first = {s: retrains[:1] for s, retrains in data["answers"].get("sft", {}).items()}
+        if found := paired({**data["answers"], "start": first}, last[0], "start"):
+            said.append(f"DPO starts from SFT's first training: its last round minus that one alone is {found['mean']:+.1f} points (bootstrap "
+                        f"{found['bootstrap'][0]:+.1f} to {found['bootstrap'][1]:+.1f}).")
+    return said
+
+
+def write_report(data, said, price, drawn):
+    settings, tests, methods, n = data["settings"], data["tests"], methods_of(data), len(data["seeds"])
+    metric, split = data["metric"], settings.get("EVAL", "test")
     most = max((max(points_of(data, m)) for m in methods), default=0)
-    metric = metric_of(settings)
-    retrains = max((len(v) for by_seed in tests.values() for v in by_seed.values()), default=0)
-    interval = ("± is Student's 95% interval over the seeds" if len(seeds) > 1 else
-                "brackets: Wilson's 95% interval over problems, blind to seeds and retrains")
-    text = [f"# {settings.get('TASK', run.name)}: ILR and DPO under unreliable supervision\n",
-            f"{len(seeds)} seed(s): {', '.join(map(str, seeds))}. {metric.capitalize()} in percent on {n:,} "
-            f"{settings.get('EVAL', 'test')} problems a seed, mean of up to {retrains} retrains a point; {interval}.\n"]
-    verdicts = {None: "", True: " The interval excludes 0.", False: " The interval includes 0: not established."}
-    last = {m: list(points_of(data, m).values())[-1] for m in methods}
-    for m in methods:
-        if found := paired(tests, last[m], "sft"):
-            text.append(f"- {m.upper()} after round {last[m].rpartition('_')[2]} minus SFT: **{found[0]}** points.{verdicts[found[3]]} "
-                        f"Per seed: {found[1]}.")
-    if "dpo" in methods and "sft" in tests and retrains > 1:
-        start = {"start": {seed: shares[:1] for seed, shares in tests["sft"].items()}}
-        if found := paired({**tests, **start}, last["dpo"], "start"):
-            text.append(f"- DPO starts from SFT's first training: its last round minus that one alone {found[0]} points.")
-    if {"ilr", "dpo"} <= set(methods):
-        gains = {p: paired(tests, p, "sft") for k, p in points_of(data, "dpo").items() if k}
-        best = max(gains, key=lambda p: gains[p][2] if gains[p] else -math.inf)
-        for p, what in ((last["dpo"], "its last round"), (best, f"its best round on these problems, {best[4:]}, a choice in DPO's favor")):
-            if found := paired(tests, last["ilr"], p):
-                text.append(f"- ILR's last round minus DPO's ({what}): {found[0]} points.{verdicts[found[3]]}")
-    text += [f"\n## {metric.capitalize()} by round\n",
-             table(["method", "SFT", *(f"round {k}" for k in range(1, most + 1))],
-                   [[m.upper(), *(cell(tests[p], n) if (p := points_of(data, m).get(k)) else "" for k in range(most + 1))]
-                    for m in methods]),
-             table(["beside it", metric], [[name, cell(tests[p], n)] for p, name in (
+    retrains = max(len(v) for by_seed in tests.values() for v in by_seed.values())
+    claimed = "".join(f"{sentence(c)}\n" for c in said)
+    rounds = table(["method", "SFT", *(f"round {k}" for k in range(1, most + 1))],
+                   [[METHODS[m][0], *(cell(tests[p], data["n_test"]) if (p := points_of(data, m).get(k)) else "" for k in range(most + 1))]
+                    for m in methods])
+    text = [f"# {settings.get('TASK', data['run'].name)}: ILR and its alternatives under unreliable supervision\n",
+            f"{n} seed(s): {', '.join(map(str, data['seeds']))}. {metric.capitalize()} in percent on {data['n_test']:,} {split} problems a seed, "
+            + (f"mean of up to {retrains} trainings a point.\n" if retrains > 1 else "one training a point.\n"), "## Claims\n", claimed]
+    if said:
+        text.append("In parentheses, 95% intervals of the paired difference, a point's trainings averaged. Bootstrap (percentiles of 10,000 draws): "
+                    + ("seeds are drawn again and, within each, problems; it covers which of both there were. Student's t, over the seeds' mean "
+                       "differences, covers whatever differs from seed to seed, taken for normal. " if n > 1 else
+                       "problems are drawn again; it covers which problems there were, and neither other seeds nor other trainings. ")
+                    + f'"A beats B" is said where every interval excludes 0; none is corrected for their number ({len(said)}).\n')
+    text += [f"## {metric.capitalize()} by round\n", rounds,
+             ("± is Student's 95% interval over the seeds" if n > 1 else "Brackets: Wilson's 95% interval over problems, not seeds or trainings")
+             + "; SFT, on the unreliable labels, is round 0 of every method.\n",
+             "".join(f"- {name}: {what}.\n" for name, what in (METHODS[m] for m in methods)),
+             table(["beside it", metric], [[name, cell(tests[p], data["n_test"])] for p, name in (
                  ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems")) if p in tests]),
-             f"![{metric} per round](test_accuracy.png)\n"]
-    if series := labels_of(data, methods):
+             *([f"![{metric} per round](test_accuracy.png)\n"] if methods else [])]
+    if series := labels_of(data):
         text += ["## Label accuracy by round\n",
                  table(["", *(f"round {k}" for k in range(1 + max(map(max, series.values()))))],
-                       [[f"{m.upper()}'s labels", *(cell(by_seed) for _, by_seed in sorted(rounds.items()))] for m, rounds in series.items()]),
+                       [[f"{METHODS[m][0]}'s labels", *(cell(r[k]) if k in r else "" for k in range(1 + max(r)))]
+                        for m, r in series.items()]),
                  "![label accuracy per round](label_accuracy.png)\n"]
-    text += ["## The judge\n", *([f"On held-out pairs of its own kind: accuracy {average(data['judges'], 'held_out_accuracy')}%, "
-                                  f"order-flip rate {average(data['judges'], 'held_out_flip_rate')}%.\n"] if data["judges"] else []),
-             "On the pairs it was really asked about:\n",
-             table(["", "comparisons asked", "accuracy on pairs with one right side (%)", "order-flip rate (%)",
-                    "position bias (%)", "replaced labels / pairs kept", "share of all (%)", "share of disagreements (%)",
-                    "precision of replacement (%)"],
-                   [[p, average(c, "asked", False), average(c, "accuracy"), average(c, "flip_rate"),
-                     average(c, "position_bias"),
-                     *(average(data["refinements"].get(p, {}), k, k != "kept") for k in
-                       ("kept", "share_of_all", "share_of_asked", "precision"))]
-                    for m in methods for p in points_of(data, m).values() for c in [data["comparisons"].get(p, {})] if c])]
-    total = {}
-    for m in methods:
-        rounds = [data["comparisons"][p] for p in points_of(data, m).values() if p in data["comparisons"]]
-        total[m] = sum(s["asked"] for c in rounds for s in c.values()) / max(1, len(seeds))
-    text.append("Comparisons used per seed, all rounds: " + ", ".join(f"{m.upper()} {v:,.0f}" for m, v in total.items()) + ".\n")
-    text += ["## Seconds per stage\n", "Wall time as it was, mean over seeds; stages of two lanes run side by side.\n",
-             table(["stage", "seconds"], [[k, f"{sum(v) / len(v):.0f}"] for k, v in times.items()])]
-    write_text(run / "report.md", "\n".join(text))
+    rows = [*((p, f"shared: {name}") for p, name in (("weak", "weak side"), ("judge", "judge"), ("sft", "SFT start"))),
+            *((p, f"{METHODS[m][0]}, through round {k}") for m in methods for k, p in points_of(data, m).items() if k)]
+    text += ["## Price\n", table(["", *PRICES.values()], [[name, *(number(c, price[p][c]) for c in PRICES)] for p, name in rows if p in price]),
+             "Mean over seeds; blank: not recorded. A method's rows are cumulative and come on top of what is shared (naive, ensemble and "
+             "SPIN need no judge). Training on labels counts once, for the last round; a chain of policies counts whole; what a method takes "
+             "over from another (half-models, samples, comparisons) counts too. FLOPs: 2 a weight for each token read or generated, 4 for each "
+             "token trained on and 2 more a trained weight, without attention's own part (Kaplan et al. 2020, arXiv 2001.08361). Not counted: "
+             "base models, test answers, a point's trainings beyond the first. Seconds: wall time of stages that run a model, some side by side"
+             + (f"; the whole run took {data['seconds']['whole run']:,.0f}" if "whole run" in data["seconds"] else "") + ".\n"]
+    if "price.png" in drawn:
+        text.append(f"![{metric} against price](price.png)\n\nEach line begins at SFT, whose price is in all of them.\n")
+    if {"ilr", "dpo"} <= set(methods):
+        text += ["### At equal budgets\n", f"Beside each round, the {metric} of the other method's last round that costs no more.\n",
+                 table(["", metric, "the other, for no more comparisons", "the other, for no more FLOPs"],
+                       [[f"{METHODS[m][0]}, round {k}", f"{over_seeds(tests[p])[0]:.1f}", *(
+                           "" if (j := within(data, price, other, c, price[p][c])) is None else
+                           f"{over_seeds(tests[f'{other}_{j}'])[0]:.1f} (round {j})" if j else "none" for c in ("asked", "flops"))]
+                        for m, other in (("ilr", "dpo"), ("dpo", "ilr")) for k, p in points_of(data, m).items() if k])]
+    text += ["## Caveats\n", "".join(f"- {c}\n" for c in caveats(data))]
+    if found := supervision(data):
+        text += ["### How unreliable was the supervision\n", found,
+                 "In percent, by round where a cell has several. Judge error: of the pairs with one right side, those decided wrongly. Order flips: "
+                 "answers that change with the order of the two. Precision: of the labels replaced, those that got better (DPO: of the pairs kept, "
+                 "those whose chosen side is the better). Recall: of the labels whose proposal was better, those replaced.\n"]
+    if "judge.png" in drawn:
+        text.append("![the judge on the pairs asked about](judge.png)\n")
+    if asked := [p for m in methods for k, p in points_of(data, m).items() if k and p in data["comparisons"]]:
+        text.append(table(["", "pairs asked about", "position bias (%)", "labels replaced, pairs kept", "% of all", "% of disagreements"], [[
+            p, average(data["comparisons"][p], "asked", False), average(data["comparisons"][p], "position_bias"),
+            *(average(data["refinements"].get(p, {}), k, k != "kept") for k in ("kept", "share_of_all", "share_of_asked"))] for p in asked]))
+    write_text(data["run"] / "report.md", "\n".join(text))
+    return f"{claimed}\n{rounds}"
 
 
 # ---------------------------------------------------------------- report: figures
-STYLES = {"ilr": ("#1f5fa8", "o", "-"), "dpo": ("#c2571a", "s", "--")}
-STYLES_ELSE = "#3a7d44", "^", "-."
+def reliability(data, points):
+    """[(mean prob_b, share of pairs whose B is better, half widths of its Wilson interval below and above)] of the ten bins of all
+    seeds and rounds together, of those that hold ten pairs or more."""
+    found = []
+    for same in zip(*(c["calibration"] for p in points for c in data["comparisons"].get(p, {}).values() if c.get("calibration"))):
+        n = sum(count for _, _, count in same)
+        if n >= 10:
+            x, y = (sum(b[k] * b[2] for b in same if b[2]) / n for k in (0, 1))
+            low, high = wilson(y, n)
+            found.append((x, y, y - low, high - y))
+    return found
 
 
-def draw(path, title, ylabel, series, lines):
-    """One figure: series (name, style, {round: {seed: [values]}}), horizontal lines (name, value), percent."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for k, (name, (color, marker, dash), rounds) in enumerate(series):
-        means, halves, shift = [], [], 0.05 * (2 * k + 1 - len(series))       # side by side, so that no bar hides another
-        for x, by_seed in sorted(rounds.items()):
-            per_seed = [100 * v for v in seed_means(by_seed).values()]
-            mean, half = over_seeds(by_seed)
-            means.append(mean)
-            halves.append(half or 0)
-            axes.plot([x + shift + 0.04] * len(per_seed), per_seed, marker, color=color, ms=3, alpha=0.45, mew=0)
-        axes.errorbar([x + shift for x in sorted(rounds)], means, halves, label=name, color=color, marker=marker, ls=dash, capsize=3, lw=1.8)
-    for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
-        axes.axhline(value, color=shade, ls=dash, lw=1.2, label=name)
-    axes.set_xticks(range(1 + max((k for _, _, rounds in series for k in rounds), default=0)))
-    axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel, title=title)
-    axes.grid(axis="y", alpha=0.3)
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(-2, min(low, high - 10)), min(102, max(high, low + 10)))      # never finer than a point can be
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    path.with_suffix(".writing.png").replace(path)
+def draw(data, price):
+    """Draw what there is data for; the names of the figures."""
+    run, tests, methods, n = data["run"], data["tests"], methods_of(data), len(data["seeds"])
+    what = f"{data['settings'].get('EVAL', 'test')} {data['metric']}"
+    seeds = f"mean, 95% interval of {n} seeds" if n > 1 else f"seed {data['seeds'][0]}"
+    points, drawn = {m: {k: p for k, p in points_of(data, m).items() if k} for m in METHODS}, []
+
+    def save(figure, name, title, *rest):
+        figure(run / name, title, *rest)
+        drawn.append(name)
+
+    def summed(rounds):
+        return {k: (*over_seeds(by_seed), [100 * v for v in seed_means(by_seed).values()]) for k, by_seed in rounds.items()}
+
+    if methods:
+        beside = [(name, over_seeds(tests[p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in tests]
+        save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds})", f"{what} (%)",
+             [(METHODS[m][0], m, summed({k: tests[p] for k, p in points_of(data, m).items()})) for m in methods], beside)
+    if series := labels_of(data):
+        save(_figures.by_round, "label_accuracy.png", f"Correct training labels per round ({seeds})", "label accuracy (%)",
+             [(f"{METHODS[m][0]}'s labels", m, summed(r)) for m, r in series.items()], [])
+    panels = []
+    for column, label, start in (("asked", "comparisons asked", 0), ("flops", "FLOPs", price.get("sft", {}).get("flops"))):
+        costs = {m: [price[p][column] for p in points[m].values()] for m in methods if "sft" in tests}
+        lines = [(METHODS[m][0], m, [(start + x, over_seeds(tests[p])[0]) for x, p in zip([0, *xs], ["sft", *points[m].values()])])
+                 for m, xs in costs.items() if None not in (start, *xs)]
+        panels += [(label, lines)] if any(x for *_, line in lines for x, _ in line) else []
+    if panels:
+        save(_figures.price, "price.png", f"{what.capitalize()} against price (means, rounds in order)", f"{what} (%)", panels)
+    calibration = [(METHODS[m][0], m, found) for m in ("ilr", "dpo") if (found := reliability(data, points[m].values()))]
+    lines = [(f"{METHODS[m][0]}: {what}", m, key == "accuracy", found) for m in ("ilr", "dpo") for kind, key, what in (
+        ("comparisons", "accuracy", "judge's accuracy"), ("refinements", "precision", "replacement" if m == "ilr" else "pairs kept"))
+        if (found := {k: float(v) for k, p in points[m].items() if (v := average(data[kind].get(p, {}), key))})]
+    if calibration or lines:
+        save(_figures.judge, "judge.png", "The judge on the pairs that it was asked about", calibration, lines)
+    return drawn
 
 
 def report(args):
@@ -317,24 +410,14 @@ def report(args):
     data = collect(run)
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
-    times = {}
-    for row in read_jsonl(run / "times.jsonl", ("stage", "seconds"), ()) if (run / "times.jsonl").exists() else []:
-        times.setdefault(row["stage"].partition("/")[2] if row["stage"].startswith("seed_") else row["stage"], []).append(row["seconds"])
-    settings = load_json(run / "config.json").get("settings", {})
-    seeds = f"mean, 95% interval of {len(data['seeds'])} seeds" if len(data["seeds"]) > 1 else f"seed {data['seeds'][0]}"
-    methods = methods_of(data)
-    split, metric = settings.get("EVAL", "test"), metric_of(settings)
-    draw(run / "test_accuracy.png", f"{split.capitalize()} {metric} per round ({seeds})", f"{split} {metric} (%)",
-         [(m.upper(), STYLES.get(m, STYLES_ELSE), {k: data["tests"][p] for k, p in points_of(data, m).items()}) for m in methods]
-         or [("SFT", STYLES["ilr"], {0: data["tests"]["sft"]} if "sft" in data["tests"] else {})],
-         [(name, over_seeds(data["tests"][p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in data["tests"]])
-    if series := labels_of(data, methods):
-        draw(run / "label_accuracy.png", f"Correct training labels per round ({seeds})", "label accuracy (%)",
-             [(f"{m.upper()}'s labels", STYLES.get(m, STYLES_ELSE), rounds) for m, rounds in series.items()], [])
-    write_report(run, data, times, settings)
-    write_json(run / "report.json", {k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")})
-    print((run / "report.md").read_text().partition("## Label")[0])
-    print(f"{run}/report.md, report.json, test_accuracy.png" + (", label_accuracy.png" if series else ""))
+    price, said = prices(data), claims(data)
+    drawn = draw(data, price)
+    print(write_report(data, said, price, drawn))
+    _figures.html(run / "report.md")
+    write_json(run / "report.json", {      # seconds are in times.jsonl: a run that is made again writes the same bytes here
+        **{k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")}, "claims": said,
+        "price": {p: {c: v for c, v in row.items() if c != "seconds"} for p, row in price.items()}})
+    print(f"{run}/report.md, report.html, report.json" + "".join(f", {name}" for name in drawn))
 
 
 def main(args):
@@ -355,7 +438,7 @@ def parser():
     k.add_argument("--models", required=True, nargs="+")
     k.add_argument("--accuracy", required=True, type=share, help="a share")
     k.add_argument("--out", required=True, help="link to the model's folder")
-    r = commands.add_parser("report", help="a run folder -> report.md, report.json and figures")
+    r = commands.add_parser("report", help="a run folder -> report.md, report.html, report.json and figures")
     r.add_argument("run", metavar="RUN_DIR")
     c = commands.add_parser("config", help="write or check RUN_DIR/config.json")
     c.add_argument("run", metavar="RUN_DIR")

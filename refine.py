@@ -158,18 +158,25 @@ def vote(task, labels, samples):
     return [{**r, "completion": best[r["id"]][0]["completion"], "source": "vote", "votes": len(best[r["id"]])} for r in labels]
 
 
-def measure(task, before, after):
-    """What a refinement did: how many labels were replaced and, where references exist, what that was worth."""
+def measure(task, before, after, proposed):
+    """What a refinement did: how many labels were replaced and, where references exist, what that was worth.
+
+    proposed: the labels with their proposals as completions. fixable: labels whose proposal, where a judge was asked,
+    is better. precision: of the labels replaced, the share that became better; recall: of the fixable, the same.
+    """
     asked = sum(r["prob_b"] is not None for r in after)
     replaced = [(a, b) for a, b in zip(before, after) if b["accepted"]]
     result = {"kept": len(replaced), "share_of_all": len(replaced) / len(after),
               "asked": asked, "share_of_asked": len(replaced) / asked if asked else None}
-    if may_grade(task, before, after):
+    disagreeing = [(a, b) for a, b, r in zip(before, proposed, after) if r["prob_b"] is not None or not asked]     # naive asks nothing
+    if may_grade(task, before, after, [b for _, b in disagreeing]):
         better = sum(task.grade(b) > task.grade(a) for a, b in replaced)
         worse = sum(task.grade(b) < task.grade(a) for a, b in replaced)
+        fixable = sum(task.grade(b) > task.grade(a) for a, b in disagreeing)
         result.update(correct_before=sum(map(task.grade, before)) / len(before),
                       correct_after=sum(map(task.grade, after)) / len(after),
-                      became_right=better, became_wrong=worse, precision=better / len(replaced) if replaced else None)
+                      became_right=better, became_wrong=worse, fixable=fixable,
+                      precision=better / len(replaced) if replaced else None, recall=better / fixable if fixable else None)
     return result
 
 
@@ -183,6 +190,8 @@ def in_words(result, total):
                  f"right, {result['became_wrong']} became wrong")
         if result["kept"]:
             text += f", precision {result['precision']:.1%}"
+        if result["fixable"]:
+            text += f", recall {result['recall']:.1%}"
     return text
 
 
@@ -263,7 +272,7 @@ def main(args):
     if missing:
         raise InputError(f"{' '.join(args.proposals or [args.comparisons])}: id {missing[0]} of {args.labels} is missing")
     new = refine(labels, proposals, accepted, args.round)
-    result = measure(task, labels, new)
+    result = measure(task, labels, new, [{**r, "completion": proposals[r["id"]][0]} for r in labels])
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, new)
     print(f"{args.out}: {in_words(result, len(new))}")

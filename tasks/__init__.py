@@ -165,6 +165,17 @@ def write_json(path, value):
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path):
+    """The object in a JSON file, {} where there is none."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+    except ValueError as e:
+        raise InputError(f"{path}: not JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
 def download(url, digest, file):
     """The bytes behind a URL, with a progress bar. digest(bytes) must be true; `file` is what to get by hand instead."""
     from urllib.request import urlopen

@@ -4,7 +4,7 @@
 
 Both runs train base models of their own. Two kills of three end every process of the run at once; the third ends only
 run_ilr.sh itself, and then a restart must be refused for as long as a stage that it left behind is at work.
-Compared is every file but the logs of time (times.jsonl, log.txt, the report's table of seconds). Exit 1 on a difference.
+Compared is every file but the logs of time (times.jsonl, log.txt, the report from its prices on). Exit 1 on a difference.
 """
 import argparse
 import atexit
@@ -25,7 +25,7 @@ TINY = dict(TRAIN=100, GT=40, TEST=16, PRETRAIN=300, PRETRAIN_WEAK=200, ROUNDS=1
             SFT_LR="1e-3", JUDGE_LR="1e-3", JUDGE_EPOCHS=2, DPO_LR="5e-5", DPO_EPOCHS=1)
 SMALL = dict(TRAIN=500, GT=100, TEST=100, PRETRAIN=2000, PRETRAIN_WEAK=1500, ROUNDS=1, WEAK_EPOCHS=30, WEAK_LR="3e-3",
              JUDGE_EPOCHS=2)
-UNTIMED = {"times.jsonl", "log.txt", ".progress", ".lock"}
+UNTIMED = {"times.jsonl", "log.txt", ".progress", ".lock", "report.html"}
 
 
 def environment(out, bases, **settings):
@@ -58,7 +58,7 @@ def contents(folder, keep=lambda path: True):
     if "config.json" in files:
         files["config.json"] = b"\n".join(line for line in files["config.json"].splitlines() if b'"commit"' not in line)
     if "report.md" in files:
-        files["report.md"] = files["report.md"].partition(b"## Seconds per stage")[0]
+        files["report.md"] = files["report.md"].partition(b"## Price")[0]
     return files
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from kill_test import TINY, call, contents, differences, finished_run
 
-JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", ".png")
+JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", "report.html", ".png")
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_supervision_quality_and_naive_ilr(finished, tmp_path):
     numbers = json.loads((out / "report.json").read_text())
     assert numbers["labels"]["clean"] == {"0": [1.0]} and {"sft", "ilr_1", "naive_1"} <= set(numbers["tests"])
     report = (out / "report.md").read_text()
-    assert "| NAIVE's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
+    assert "| naive's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
 
 
 def test_every_baseline_runs_on_the_finished_run(copied):

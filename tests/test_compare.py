@@ -113,6 +113,18 @@ def test_oracle(two_files):
     assert [c["prob_b"] for c in comparisons[1:8:2]] == [0.5] * 4       # both wrong: no preference
 
 
+def test_calibration(problems):
+    """Ten bins of prob_b: by hand, with pairs on a bin's edges, one that agrees and one of which neither side is right."""
+    def pair(p, b_right, a_right=None):
+        a, b = (f"#### {problems[0]['reference'] if right else -1}" for right in (not b_right if a_right is None else a_right, b_right))
+        return {"completion_a": a, "completion_b": b, "reference": problems[0]["reference"], "agree": p is None, "prob_b_ab": p, "prob_b_ba": p, "prob_b": p}
+    found = compare.measure(arithmetic, [pair(*x) for x in (
+        (0.0, True), (0.05, False), (0.3, True), (0.3, True), (0.3, False), (0.3, True), (0.95, True), (1.0, False), (0.95, False, False), (None, True))])
+    bins = dict(enumerate(found["calibration"]))
+    assert len(bins) == 10 and [bins.pop(k) for k in (0, 3, 9)] == [pytest.approx(x, abs=1e-12) for x in ([0.025, 0.5, 2], [0.3, 0.75, 4], [0.975, 0.5, 2])]
+    assert list(bins.values()) == [[None, None, 0]] * 7 and sum(n for _, _, n in found["calibration"]) == found["decisive"] == 8
+
+
 def test_scores_do_not_depend_on_batches_and_packing(judge, two_files):
     base, _ = score(judge, two_files, "a.jsonl", "b.jsonl", "1.jsonl")
     settings = [["--batch-size", 1], ["--row-tokens", 1, "--micro-tokens", 1], ["--row-tokens", 300, "--micro-tokens", 700]]

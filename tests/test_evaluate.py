@@ -1,15 +1,18 @@
 """evaluate.py: intervals, grading, the configuration of a run, the report of a run folder."""
+import base64
 import json
-import os
 import math
+import os
+import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from conftest import rows, run
 
 import evaluate
-from tasks import InputError, write_json, write_jsonl
+from tasks import InputError, _figures, _methods, write_json, write_jsonl
 
 
 @pytest.mark.parametrize("successes, n, low, high", [      # Newcombe 1998, table I, method 3: to 4 digits
@@ -109,51 +112,304 @@ def run_folder(tmp_path):
     return folder
 
 
-def test_report(run_folder):
-    run(evaluate, "report", run_folder)
+def report(folder):
+    run(evaluate, "report", folder)
+    return (folder / "report.md").read_text()
+
+
+def table_row(text, *begin):
+    """The cells of the only row that begins with these."""
+    row, = [line.split(" | ")[len(begin):] for line in text.splitlines() if line.startswith(f"| {' | '.join(begin)} | ")]
+    return [cell.removesuffix("|").strip() for cell in row]
+
+
+def test_report(run_folder, capsys):
+    text = report(run_folder)
     for name in ("test_accuracy.png", "label_accuracy.png"):
         data = (run_folder / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 5000
-    report = json.loads((run_folder / "report.json").read_text())
-    assert report["seeds"] == [0, 1] and report["n_test"] == 20
-    assert report["tests"]["ilr_2"] == {"0": [0.6, 0.7], "1": [0.65, 0.75]} and report["labels"]["ilr_1"] == {"0": [0.6], "1": [0.6]}
-    text = (run_folder / "report.md").read_text()
+    numbers = json.loads((run_folder / "report.json").read_text())
+    assert numbers["seeds"] == [0, 1] and numbers["n_test"] == 20
+    assert numbers["tests"]["ilr_2"] == {"0": [0.6, 0.7], "1": [0.65, 0.75]} and numbers["labels"]["ilr_1"] == {"0": [0.6], "1": [0.6]}
     # by hand: seeds' means 65 and 70, sd 3.5355, t(1 df) 12.706: 12.706 * 3.5355 / sqrt(2) = 31.8
-    row, = [line for line in text.splitlines() if line.startswith("| ILR |")]
-    assert row == "| ILR | 47.5 ± 31.8 | 57.5 ± 31.8 | 67.5 ± 31.8 |"
-    assert "| DPO | 47.5 ± 31.8 | 52.5 ± 31.8 | 42.5 ± 31.8 |" in text and "| ILR's labels | 50.0 ± 0.0 | 60.0 ± 0.0 | 65.0 ± 0.0 |" in text
-    # every seed gains the same: 12 - 8 and 7 - 8 of 20 problems
-    assert "ILR after round 2 minus SFT: **+20.0 ± 0.0** points. The interval excludes 0." in text
-    assert "DPO after round 2 minus SFT: **-5.0 ± 0.0** points." in text
-    assert "its last round minus that one alone +0.0 ± 0.0 points." in text     # 7 and 9 of 20, after a start of 8
-    assert "its last round): +25.0" in text and "its best round on these problems, 1, a choice in DPO's favor): +15.0" in text
-    assert "| ilr_1 | 30 | 75.0 | 10.0 | 5.0 | 4 | 10.0 | 13.3 | 50.0 |" in text
-    assert "accuracy 80.0%" in text and "| sft/train | 15 |" in text
+    assert "| ILR | 47.5 ± 31.8 | 57.5 ± 31.8 | 67.5 ± 31.8 |\n| DPO | 47.5 ± 31.8 | 52.5 ± 31.8 | 42.5 ± 31.8 |\n" in text
+    assert "| ILR's labels | 50.0 ± 0.0 | 60.0 ± 0.0 | 65.0 ± 0.0 |" in text
+    # every seed differs by the same, 12 - 8 and 8 - 7 of 20 problems; the winner is named first
+    claims = re.findall(r"^- (.*) \(bootstrap (\S+) to (\S+), Student's t (\S+) to (\S+); by seed (\S+), (\S+)\)\.$", text, re.M)
+    assert [(c[0], *map(float, c[3:])) for c in claims] == [
+        ("**ILR (round 2) beats SFT by 20.0 points**", 20, 20, 20, 20), ("**SFT beats DPO (round 2) by 5.0 points**", 5, 5, 5, 5),
+        ("**ILR (round 2) beats DPO (round 2) by 25.0 points**", 25, 25, 25, 25),
+        ("**ILR (round 2) beats DPO (round 1, its best on these problems, a choice in DPO's favor) by 15.0 points**", 15, 15, 15, 15)]
+    assert all(0 < float(low) < abs(found["mean"]) < float(high) for (_, low, high, *_), found in zip(claims, numbers["claims"], strict=True))
+    assert [(c["a"], c["mean"]) for c in numbers["claims"][:2]] == [("ILR (round 2)", pytest.approx(20)), ("DPO (round 2)", pytest.approx(-5))]
+    # the console: claims, the table by round, the names of the files
+    said = capsys.readouterr().out
+    assert said.startswith("- **ILR (round 2) beats SFT") and "| DPO | 47.5" in said and said.endswith("price.png, judge.png\n")
+    assert said.count("\n") < 14
+    # 7 and 9 of 20 problems after DPO, 8 in SFT's first training
+    assert "DPO starts from SFT's first training: its last round minus that one alone is +0.0 points" in text
+    assert table_row(text, "ilr_1") == ["30", "5.0", "4", "10.0", "13.3"]
+    assert table_row(text, "mean") == ["50.0", "20.0", "20.0", *["25.0, 25.0", "10.0, 10.0", "50.0, 50.0"] * 2]
     # deterministic: the same folder makes the same files
     before = {p.name: p.read_bytes() for p in run_folder.iterdir() if p.is_file()}
-    run(evaluate, "report", run_folder)
+    report(run_folder)
     assert {p.name: p.read_bytes() for p in run_folder.iterdir() if p.is_file()} == before
 
 
 def test_report_of_one_seed_and_an_unfinished_run(run_folder):
     shutil.rmtree(run_folder / "seed_1")
     shutil.rmtree(run_folder / "seed_0/dpo_2")
-    run(evaluate, "report", run_folder)
-    text = (run_folder / "report.md").read_text()
+    text = report(run_folder)
     ilr, dpo = ([line for line in text.splitlines() if line.startswith(f"| {m} |")][0] for m in ("ILR", "DPO"))
     assert ilr.endswith("| 65.0 [43.3, 81.9] |") and ilr.count("[") == 3        # 13 of 20: Wilson's 0.4329 to 0.8188
-    assert dpo.count("[") == 2 and "Wilson" in text and "seed 0" not in text and "1 seed(s): 0" in text
+    assert dpo.count("[") == 2 and "Wilson" in text and "1 seed(s): 0" in text
+    assert "Student's t" not in text and "neither other seeds nor other trainings" in text and "One seed, one draw" in text
+    assert re.search(r"\*\*ILR \(round 2\) beats SFT by 20.0 points\*\* \(bootstrap \+\S+ to \+\S+\)\.", text)      # a single interval decides
     # whatever has been finished so far: no start, a later round alone, another's folder, models beside the methods only
     (run_folder / "seed_0.bak").mkdir()
     shutil.rmtree(run_folder / "seed_0/sft")
     shutil.rmtree(run_folder / "seed_0/ilr_1")
-    run(evaluate, "report", run_folder)
-    text = (run_folder / "report.md").read_text()
-    assert "| ILR |  |  | 65.0 [43.3, 81.9] |" in text and "minus SFT" not in text and "(its last round): +15.0" in text
+    text = report(run_folder)
+    assert "| ILR |  |  | 65.0 [43.3, 81.9] |" in text and "beats SFT" not in text and "ILR (round 2) beats DPO (round 1) by 15.0" in text
+    assert "price.png" not in text
     for point in ("ilr_2", "dpo_1"):
         shutil.rmtree(run_folder / "seed_0" / point)
-    run(evaluate, "report", run_folder)
-    assert "ceiling" in (run_folder / "report.md").read_text()
+    text = report(run_folder)
+    assert "ceiling" in text and "test_accuracy.png" not in text and "judge.png" not in text
     shutil.rmtree(run_folder / "seed_0")
     with pytest.raises(InputError, match="no graded answers"):
-        run(evaluate, "report", run_folder)
+        report(run_folder)
+
+
+# ---------------------------------------------------------------- claims
+def brute_bootstrap(differences, draws, seed):
+    rng, means = np.random.default_rng(seed), []
+    for _ in range(draws):
+        seeds = [differences[k] for k in rng.integers(len(differences), size=len(differences))]
+        means.append(np.mean([d[rng.integers(len(d), size=len(d))].mean() for d in seeds]))
+    return np.percentile(means, (2.5, 97.5)), np.std(means)
+
+
+@pytest.mark.parametrize("seeds, values", [(1, [-1, 0, 1]), (4, [-1, 0, 1]), (5, [k / 3 for k in range(-3, 4)]), (3, None)])
+def test_bootstrap_against_index_by_index(seeds, values):
+    """values: what a problem's difference may be; None: any number, as for a grade that is a probability."""
+    rng = np.random.default_rng(seeds)
+    differences = [rng.choice(values, 60 + 20 * k) + 0.05 * k if values else rng.normal(0.1 * k, 1, 60 + 20 * k) for k in range(seeds)]
+    expected, spread = brute_bootstrap(differences, 4000, 1)
+    # a 2.5% quantile of n draws from a normal has a standard error of spread * sqrt(0.025 * 0.975 / n) / 0.0584: 0.042 spreads for
+    # n = 4,000, 0.027 for 10,000, together 0.05; four of these
+    assert np.abs(np.array(evaluate.bootstrap(differences)) - expected).max() < 0.2 * spread
+    assert evaluate.bootstrap(differences) == evaluate.bootstrap(differences)
+    if seeds > 1:       # wider than problems alone: seeds are drawn too
+        alone = brute_bootstrap([np.concatenate(differences)], 1000, 2)[1]
+        assert spread > 1.02 * alone
+
+
+def test_bootstrap_at_the_ends():
+    assert evaluate.bootstrap([np.zeros(10)] * 3) == (0, 0) and evaluate.bootstrap([np.full(7, 0.5)]) == (0.5, 0.5)
+    # one seed with 10 of 20 at 1: quantiles of a binomial; of B(20, 0.5) P(5 or fewer) is 0.021, P(6 or fewer) 0.058, and symmetric
+    assert evaluate.bootstrap([np.repeat([1.0, 0.0], 10)]) == pytest.approx((0.3, 0.7), abs=1e-9)
+
+
+def answers_of(*seeds):
+    return dict(enumerate([[dict(enumerate(map(float, retrain))) for retrain in seed] for seed in seeds]))
+
+
+def test_pairs_are_of_the_same_problems_averaged_over_retrains():
+    answers = {"a": answers_of(["1110", "1010"], ["1111"]), "b": answers_of(["0110"], ["1100", "1000"]), "c": answers_of(["11"])}
+    found = evaluate.paired(answers, "a", "b")
+    assert found["per_seed"] == [12.5, 62.5] and found["mean"] == 37.5      # (3 + 2) / 2 - 2 and 4 - (2 + 1) / 2 of four
+    assert found["student"] == pytest.approx((37.5 - 12.706 * 25, 37.5 + 12.706 * 25)) and not found["established"]     # sd 35.36 / sqrt(2) = 25
+    shuffled = {"a": {0: [dict(reversed(r.items())) for r in answers["a"][0]], 1: answers["a"][1]}, "b": answers["b"]}
+    assert evaluate.paired(shuffled, "a", "b") == found         # joined by id, not by place
+    assert evaluate.paired({**answers, "b": {1: answers["b"][1]}}, "a", "b")["per_seed"] == [62.5]
+    assert evaluate.paired(answers, "a", "nothing") is None
+    with pytest.raises(InputError, match="seed 0: the graded answers of a and c are not of the same problems"):
+        evaluate.paired(answers, "a", "c")
+
+
+@pytest.mark.parametrize("seeds, established", [
+    ((["1" * 40, "0" * 40],) * 3, True), ((["1" * 40, "0" * 40],), True),
+    ((["1" * 40, "0" * 40], ["1" * 40, "0" * 40], ["1" * 20 + "0" * 20, "0" * 40]), True),
+    # three seeds that gain 50, 5 and 5 points: the bootstrap excludes 0, Student's t does not
+    ((["1" * 20 + "0" * 20, "0" * 40], ["11" + "0" * 38, "0" * 40], ["11" + "0" * 38, "0" * 40]), False),
+    # the same gain of one problem in three seeds: Student's t excludes 0, the bootstrap does not
+    ((["1" + "0" * 39, "0" * 40],) * 3, False)])
+def test_a_claim_needs_every_interval(seeds, established):
+    answers = {"a": answers_of(*([a] for a, _ in seeds)), "b": answers_of(*([b] for _, b in seeds))}
+    found = evaluate.paired(answers, "a", "b")
+    assert found["established"] == established
+    for claim, a, b in ((found, "A", "B"), (evaluate.paired(answers, "b", "a"), "B", "A")):     # whoever is named first, the winner is said
+        said = evaluate.sentence({"a": a, "b": b, **claim})
+        if established:
+            assert f"**A beats B by {found['mean']:.1f} points**" in said and "-" not in said[1:]
+        else:
+            assert f"{a} against {b}: {claim['mean']:+.1f} points, not established" in said and "beats" not in said
+
+
+# ---------------------------------------------------------------- prices
+@pytest.fixture()
+def priced(run_folder):
+    """The same run with what its stages write of their cost, and times; N = 1,000 weights, LoRA of 100 for DPO, a judge of 500."""
+    def model(path, tokens, read=0, trained=1000):
+        write_json(path / "price.json", {"weights": 1000, "trained_weights": trained, "trained_tokens": tokens, "read_tokens": read})
+    times = []
+    for seed in (0, 1):
+        at = run_folder / f"seed_{seed}"
+        model(at / "weak/model", 50)
+        model(at / "judge/model", 70, read=5)
+        model(at / "sft/model_1", 200)
+        model(at / "sft/model_2", 10**9)            # further trainings of a point and test answers cost nothing here
+        for path, generated in (("weak/labels", 40), ("judge/samples_30", 20), ("judge/samples_100", 20), ("sft/eval_1", 10**9)):
+            write_json(at / f"{path}.jsonl.price", {"weights": 1000, "generated_tokens": generated, "read_tokens": 60})
+        for path in ("judge/samples_30", "judge/samples_100"):
+            graded(at / f"{path}.jsonl", 1)
+        for k in (1, 2):
+            for h in (1, 2):
+                model(at / f"ilr_{k}/half_{h}", 100)
+                write_json(at / f"ilr_{k}/proposals_{h}.jsonl.price", {"weights": 1000, "generated_tokens": 50, "read_tokens": 70})
+            model(at / f"ilr_{k}/model_1", 200)
+            model(at / f"dpo_{k}/model_1", 80, read=160, trained=100)
+            write_json(at / f"dpo_{k}/samples.jsonl.price", {"weights": 1000, "generated_tokens": 300, "read_tokens": 90})
+            for m, asked in (("ilr", 30), ("dpo", 45)):
+                summary = at / f"{m}_{k}/comparisons.jsonl.summary"
+                bins = [[0.05, 0.2, 8 + seed], [None, None, 0], *[[0.1 * b + 0.05, 0.5, 6] for b in range(2, 9)], [0.95, 1.0, 1]]
+                write_json(summary, {**json.loads(summary.read_text()), "asked": asked, "weights": 500, "read_tokens": 60, "calibration": bins})
+            times += [(f"seed_{seed}/ilr_{k}/{stage}", s) for stage, s in (
+                ("half_1", 5), ("half_2", 6), ("propose", 3), ("compare", 2), ("refine", 9), ("train", 10), ("train", 99), ("answer", 99))]
+            times += [(f"seed_{seed}/dpo_{k}/{stage}", s + seed) for stage, s in (("sample", 7), ("compare", 2), ("train", 4))]
+    write_jsonl(run_folder / "times.jsonl", [{"stage": stage, "seconds": s} for stage, s in [*times, ("whole run", 777)]])
+    return run_folder
+
+
+def test_prices_by_hand(priced):
+    text = report(priced)
+    # a trained token: 2N + 2N + 2M; half-models 2 x 100 x 6,000, proposals 2 x 2,000 x 120, comparisons 1,000 x 60, final 200 x 6,000
+    assert table_row(text, "ILR, through round 1") == ["30", "100", "400", "200", "2.94e+06", "26"]
+    assert table_row(text, "ILR, through round 2") == ["60", "200", "600", "400", "4.68e+06", "42"]       # one final training, not two
+    # 2,000 x 390 for samples, 1,000 x 60, 80 x (4,000 + 200) for training and 2,000 x 160 for the reference; seconds 13 and 16
+    assert table_row(text, "DPO, through round 1") == ["45", "300", "80", "310", "1.50e+06", "14"]
+    assert table_row(text, "DPO, through round 2") == ["90", "600", "160", "620", "2.99e+06", "29"]
+    assert table_row(text, "shared: weak side") == ["0", "40", "50", "60", "5.00e+05", ""]                # 50 x 6,000 + 2,000 x 100
+    assert table_row(text, "shared: judge") == ["0", "40", "70", "125", "7.50e+05", ""]                   # 70 x 6,000 + 2,000 x (5 + 160)
+    assert table_row(text, "shared: SFT start") == ["0", "0", "200", "0", "1.20e+06", ""]
+    assert "the whole run took 777" in text and "(price.png)" in text and "(judge.png)" in text
+    # each round's budget: the other's last round that costs no more, both ways
+    assert [table_row(text, f"{m}, round {k}") for m in ("ILR", "DPO") for k in (1, 2)] == [
+        ["57.5", "none", "52.5 (round 1)"], ["67.5", "52.5 (round 1)", "42.5 (round 2)"],
+        ["52.5", "57.5 (round 1)", "none"], ["42.5", "67.5 (round 2)", "57.5 (round 1)"]]
+    assert json.loads((priced / "report.json").read_text())["price"]["ilr_2"] == {
+        "asked": 60, "generated": 200, "trained": 600, "read": 400, "flops": 4.68e6}
+
+
+def test_a_price_that_is_missing_is_left_blank(priced):
+    (priced / "seed_1/ilr_2/half_1/price.json").unlink()
+    (priced / "seed_0/dpo_1/samples.jsonl.price").unlink()
+    text = report(priced)
+    assert table_row(text, "ILR, through round 1")[4] == "2.94e+06" and table_row(text, "ILR, through round 2") == ["60", "200", "", "", "", "42"]
+    assert table_row(text, "DPO, through round 1") == ["45", "", "80", "", "", "14"]
+    assert table_row(text, "ILR, round 1") == ["57.5", "none", ""] and table_row(text, "ILR, round 2")[1:] == ["52.5 (round 1)", ""]
+    # an oracle and a person read no tokens of ours; what an endpoint reads is unknown
+    for judge, read in (("oracle", "80"), ("human", "80"), ("http://h/v1", "")):
+        write_json(priced / "config.json", {"settings": {"TASK": "arithmetic", "JUDGE": judge}})
+        for seed in (0, 1):
+            write_json(priced / f"seed_{seed}/ilr_1/comparisons.jsonl.summary", {"asked": 30})
+        assert table_row(report(priced), "ILR, through round 1")[3] == ("140" if read else "")
+
+
+HALVES, PROPOSALS = ("ilr_{k}/half_1", "ilr_{k}/half_2"), ("ilr_{k}/proposals_1.jsonl", "ilr_{k}/proposals_2.jsonl")
+CROSS = (*HALVES, *PROPOSALS, "ilr_{k}")
+SAMPLED = ("dpo_{k}/samples.jsonl", "dpo_{k}")
+
+
+@pytest.mark.parametrize("method, each_round, last", [
+    ("ilr", CROSS, "ilr_2/model_1"), ("naive", [p.replace("ilr", "naive") for p in CROSS[:4]], "naive_2/model_1"),
+    ("filter", CROSS, "filter_2/model_1"), ("rft", CROSS, "rft_2/model_1"), ("steer", CROSS, "steer_2/model_1"),
+    ("dpo", (*SAMPLED, "dpo_{k}/model_1"), None), ("dpo-labels", (*CROSS, "dpo-labels_{k}/model_1"), None),
+    ("spin", ("spin_{k}/samples.jsonl", "spin_{k}/model_1"), None), ("sft-chosen", SAMPLED, ("dpo_1/model_1", "sft-chosen_2/model_1"))])
+def test_what_each_method_pays_for(method, each_round, last):
+    paths = [path for _, path, _ in _methods.pieces(method, 2)]
+    expected = [p.format(k=k) for k in (1, 2) for p in each_round] + ([last] if isinstance(last, str) else list(last or ()))
+    assert sorted(paths) == sorted(expected)
+
+
+def test_an_ensemble_pays_for_two_half_models():
+    assert [path for _, path, _ in _methods.pieces("ensemble", 1)] == ["ilr_1/half_1", "ilr_1/half_2"]
+
+
+# ---------------------------------------------------------------- figures and the page
+def test_calibration_is_pooled_over_seeds_and_rounds(priced):
+    data = evaluate.collect(priced)
+    points = evaluate.reliability(data, ["ilr_1", "ilr_2"])
+    # first bin 2 x (8 + 9) pairs, the second empty, then 24 each, the last 4: below ten, left out
+    assert [(round(x, 3), round(y, 3)) for x, y, _, _ in points] == [(0.05, 0.2), *((round(0.1 * b + 0.05, 3), 0.5) for b in range(2, 9))]
+    low, high = evaluate.wilson(0.2, 34)
+    assert points[0][2:] == pytest.approx((0.2 - low, high - 0.2))
+    assert evaluate.reliability(data, ["sft"]) == []
+
+
+class Page(HTMLParser):
+    """Names of all tags, sources of the images, cells of the tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.sources, self.cells = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [v for k, v in attrs if k in ("src", "href")]
+
+    def handle_data(self, data):
+        self.cells += [data] if self.tags and self.tags[-1] in ("td", "th") else []
+
+
+def test_the_page_is_self_contained(priced):
+    text, page = report(priced), Page()
+    html = (priced / "report.html").read_text()
+    page.feed(html)
+    figures = re.findall(r"\((\w+\.png)\)", text)
+    assert figures == ["test_accuracy.png", "label_accuracy.png", "price.png", "judge.png"]
+    assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources] == [(priced / f).read_bytes() for f in figures]
+    assert page.tags.count("table") == text.count("| --- |\n") == 7 and "47.5 ± 31.8" in page.cells and "ILR, through round 2" in page.cells
+    assert page.tags.count("li") == text.count("\n- ") and "<strong>ILR (round 2) beats SFT by 20.0 points</strong>" in html
+    headings = re.findall(r"^## (.*)", text, re.M)
+    assert headings == ["Claims", "Accuracy by round", "Label accuracy by round", "Price", "Caveats"] and page.tags.count("h2") == 5
+
+
+def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
+    methods = list(_methods.METHODS)
+    for seed in (0, 1):
+        for m in methods[2:]:
+            for k in (1,) if m == "ensemble" else (1, 2, 3):
+                graded(run_folder / f"seed_{seed}/{m}_{k}/eval_1.graded.jsonl", 8 + k)
+    text = report(run_folder)
+    assert re.findall(r"^\| ([\w-]+) \| 47.5", text, re.M) == [name for name, _ in _methods.METHODS.values()]
+    assert all(f"\n- {name}: {what}.\n" in text for name, what in _methods.METHODS.values())
+    assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 10 + 9 + 1
+    assert list(_figures.STYLES) == methods and all(len({str(style[i]) for style in _figures.STYLES.values()}) == 10 for i in range(3))
+
+
+@pytest.mark.parametrize("settings, said, unsaid", [
+    ({"TASK": "arithmetic", "WEAK_ACCURACY": "0.45", "JUDGE_ACCURACY": "0"}, ["one pair of base models", "nearest to 45% right"],
+     ["stops at", "oracle"]),
+    ({"TASK": "gsm8k", "JUDGE_ACCURACY": "0.8", "EVAL": "validation"}, ["stops at 80%", "validation problems"], ["trained here", "nearest"]),
+    ({"JUDGE": "oracle", "CLEAN_START": "1"}, ["oracle", "dropped before SFT"], ["dialed"])])
+def test_caveats_are_those_of_the_run(run_folder, settings, said, unsaid):
+    write_json(run_folder / "config.json", {"settings": settings})
+    shutil.rmtree(run_folder / "seed_1/ilr_2")
+    text = report(run_folder)
+    caveats = text.partition("## Caveats")[2]
+    assert "2 seeds, each with" in caveats and "Not every point has all 2 seeds: ilr_2 has 1." in caveats
+    assert all(s in caveats for s in said) and not any(s in caveats for s in unsaid)
+
+
+def test_supervision_by_seed_and_round(run_folder):
+    for seed in (0, 1):
+        for k in (1, 2):
+            path = run_folder / f"seed_{seed}/ilr_{k}/labels.jsonl.summary"
+            write_json(path, {**json.loads(path.read_text()), "precision": 0.8 - 0.1 * k, "recall": 0.5 + 0.1 * seed - 0.1 * k})
+    text = report(run_folder)
+    # label error, held-out error and flips; of ILR's pairs: error, flips, precision, recall; of DPO's: error, flips, precision
+    more = ["25.0, 25.0", "10.0, 10.0", "50.0, 50.0"]
+    assert table_row(text, "0") == ["50.0", "20.0", "20.0", *more[:2], "70.0, 60.0", "40.0, 30.0", *more]
+    assert table_row(text, "1")[6] == "50.0, 40.0" and table_row(text, "mean")[6] == "45.0, 35.0"

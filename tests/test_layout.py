@@ -38,7 +38,7 @@ def test_imports_go_one_way():
 def test_importing_loads_no_library():
     heavy = ["torch", "transformers", "tokenizers", "bitsandbytes", "numpy", "matplotlib"]
     code = (f"import sys, {', '.join(STAGES)}\n" + "".join(f"import tasks.{t}\n" for t in tasks.TASKS)
-            + "import tasks._judges, tasks._memory, tasks._models\n" + f"print([m for m in {heavy} if m in sys.modules])")
+            + "import tasks._figures, tasks._judges, tasks._memory, tasks._methods, tasks._models\n" + f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
 

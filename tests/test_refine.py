@@ -90,7 +90,7 @@ def test_refined_labels(files, method):
                 "naive": {r["id"] for r in new if r["accepted"]}}[method]
     # ilr: 25 - floor(0.6 * 25) of the 26 disagreements; naive: 0.4 of all 40; oracle: no cap
     assert len(asked) == 26 and (len(expected) > 10 if method == "oracle" else len(expected) == {"ilr": 10, "naive": 16}[method])
-    better = worse = before = after = 0
+    better = worse = before = after = fixable = 0
     for label, r in zip(labels, new, strict=True):      # one row per problem, in the labels' order
         c = by_id[label["id"]]
         if label["id"] in expected:
@@ -100,11 +100,13 @@ def test_refined_labels(files, method):
             assert r == {**label, "accepted": False, "prob_b": None if method == "naive" else c["prob_b"]}
         x, y = label["completion"].endswith(" 2"), r["completion"].endswith(" 2")
         better, worse, before, after = better + (y > x), worse + (y < x), before + x, after + y
+        fixable += c["completion_b"].endswith(" 2") and not x        # pairs that agree are right, or wrong, together
     n = len(expected)
     assert summary == {"kept": n, "share_of_all": n / 40, "asked": 0 if method == "naive" else 26,
                        "share_of_asked": None if method == "naive" else n / 26, "correct_before": before / 40, "correct_after": after / 40,
-                       "became_right": better, "became_wrong": worse, "precision": better / n}
-    assert better and worse
+                       "became_right": better, "became_wrong": worse, "precision": better / n,
+                       "fixable": fixable, "recall": better / fixable}
+    assert better and worse and fixable > better
 
 
 def test_references_change_no_label(files):
