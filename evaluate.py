@@ -137,10 +137,9 @@ def config(args):
 def collect(run):
     """What the files of a run say: `answers` as {point: {seed: [{id: correct} of each retrain]}}, `tests` and `labels` as
     {point: {seed: [share correct of each retrain]}}, summaries as {point: {seed: summary}}, seconds as {stage: its first time}."""
-    answers, labels, comparisons, refinements, judges, seconds = {}, {}, {}, {}, {}, {}
-    seeds = sorted((p for p in run.glob("seed_*") if p.name[5:].isdigit()), key=lambda p: int(p.name[5:]))
-    for folder in seeds:
-        seed = int(folder.name[5:])
+    answers, labels, comparisons, refinements, seconds = {}, {}, {}, {}, {}
+    seeds = dict(sorted((int(p.name[5:]), p) for p in run.glob("seed_*") if p.name[5:].isdigit()))
+    for seed, folder in seeds.items():
         for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=lambda p: (p.parent.name, int(p.name.split("_")[1].split(".")[0]))):
             answers.setdefault(path.parent.name, {}).setdefault(seed, []).append({r["id"]: r["correct"] for r in read_jsonl(path, ("id", "correct"))})
         for path in sorted(folder.glob("*/labels.graded.jsonl")):
@@ -149,14 +148,13 @@ def collect(run):
         for name, summaries in (("comparisons", comparisons), ("labels", refinements), ("preferences", refinements)):
             for path in sorted(folder.glob(f"*/{name}.jsonl.summary")):
                 summaries.setdefault(path.parent.name, {})[seed] = read_json(path)
-        if judge := read_json(folder / "judge/model/judge.json"):
-            judges[seed] = judge
     for row in read_jsonl(run / "times.jsonl", ("stage", "seconds"), ()) if (run / "times.jsonl").exists() else []:
         seconds.setdefault(row["stage"], row["seconds"])        # of several retrains the first, model_1
     tests = {p: {s: [sum(c.values()) / len(c) for c in retrains] for s, retrains in by_seed.items()} for p, by_seed in answers.items()}
+    judges = {seed: judge for seed, folder in seeds.items() if (judge := read_json(folder / "judge/model/judge.json"))}
     settings = read_json(run / "config.json").get("settings", {})
     task = get_task(settings["TASK"]) if settings.get("TASK") in TASKS else None
-    return dict(run=run, seeds=[int(p.name[5:]) for p in seeds], answers=answers, tests=tests, labels=labels, comparisons=comparisons,
+    return dict(run=run, seeds=list(seeds), answers=answers, tests=tests, labels=labels, comparisons=comparisons,
                 refinements=refinements, judges=judges, seconds=seconds, settings=settings, metric=getattr(task, "METRIC", "accuracy"),
                 n_test=max((len(c) for by_seed in answers.values() for retrains in by_seed.values() for c in retrains), default=0))
 
@@ -263,9 +261,11 @@ def caveats(data):
     """What to know before trusting the page further than it goes, as far as the run folder says it."""
     settings, tests, n = data["settings"], data["tests"], len(data["seeds"])
     trainings = {len(v) for by_seed in tests.values() for v in by_seed.values()}
+    first = {s: retrains[:1] for s, retrains in data["answers"].get("sft", {}).items()}
     dialed = [what.format(float(settings[key])) for key, what in (
         ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
-        ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs")) if float(settings.get(key) or 0) > 0]
+        ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
+        ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round")) if float(settings.get(key) or 0) > 0]
     said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
             f"{n} seeds, each with data, a weak model and a judge of its own."
             + (" They are few: a bootstrap over them is too narrow, and Student's t leans on the normal." if n < 10 else "")]
@@ -276,15 +276,15 @@ def caveats(data):
         ("EVAL", "validation", "These are validation problems, on which settings may have been chosen.")) if settings.get(key) == value]
     if dialed:
         said.append(f"Supervision is dialed: {'; '.join(dialed)}. How unreliable it came out is a setting, not a finding.")
+    if (loss := settings.get("DPO_LOSS") or "sigmoid") != "sigmoid":
+        said.append(f"DPO, wherever it says so, is trained with the loss {loss}.")
     if missing := [f"{p} has {len(tests[p])}" for p in sorted(tests) if len(tests[p]) < n]:
         said.append(f"Not every point has all {n} seeds: {', '.join(missing)}.")
     if trainings == {1}:
         said.append("One training a point: how much retraining alone would change a number is not measured.")
-    elif last := [p for k, p in points_of(data, "dpo").items() if k][-1:]:
-        first = {s: retrains[:1] for s, retrains in data["answers"].get("sft", {}).items()}
-        if found := paired({**data["answers"], "start": first}, last[0], "start"):
-            said.append(f"DPO starts from SFT's first training: its last round minus that one alone is {found['mean']:+.1f} points (bootstrap "
-                        f"{found['bootstrap'][0]:+.1f} to {found['bootstrap'][1]:+.1f}).")
+    elif "dpo" in methods_of(data) and (found := paired({**data["answers"], "start": first}, list(points_of(data, "dpo").values())[-1], "start")):
+        said.append(f"DPO starts from SFT's first training: its last round minus that one alone is {found['mean']:+.1f} points (bootstrap "
+                    f"{found['bootstrap'][0]:+.1f} to {found['bootstrap'][1]:+.1f}).")
     return said
 
 
@@ -322,11 +322,11 @@ def write_report(data, said, price, drawn):
     rows = [*((p, f"shared: {name}") for p, name in (("weak", "weak side"), ("judge", "judge"), ("sft", "SFT start"))),
             *((p, f"{METHODS[m][0]}, through round {k}") for m in methods for k, p in points_of(data, m).items() if k)]
     text += ["## Price\n", table(["", *PRICES.values()], [[name, *(number(c, price[p][c]) for c in PRICES)] for p, name in rows if p in price]),
-             "Mean over seeds; blank: not recorded. A method's rows are cumulative and come on top of what is shared (naive, ensemble and "
-             "SPIN need no judge). Training on labels counts once, for the last round; a chain of policies counts whole; what a method takes "
-             "over from another (half-models, samples, comparisons) counts too. FLOPs: 2 a weight for each token read or generated, 4 for each "
-             "token trained on and 2 more a trained weight, without attention's own part (Kaplan et al. 2020, arXiv 2001.08361). Not counted: "
-             "base models, test answers, a point's trainings beyond the first. Seconds: wall time of stages that run a model, some side by side"
+             "Mean over seeds; blank: not recorded. A method's rows are cumulative, on top of what is shared (naive, ensemble and SPIN need no "
+             "judge). Training on labels counts once, for the last round; a chain of policies counts whole; what a method takes over from "
+             "another (half-models, samples, comparisons) counts too. FLOPs: 2 a weight for each token read or generated, 4 for each token "
+             "trained on and 2 more a trained weight, without attention's own part (Kaplan et al. 2020, arXiv 2001.08361). Not counted: base "
+             "models, test answers (the ensemble's too), a point's further trainings. Seconds: wall time of model stages, some side by side"
              + (f"; the whole run took {data['seconds']['whole run']:,.0f}" if "whole run" in data["seconds"] else "") + ".\n"]
     if "price.png" in drawn:
         text.append(f"![{metric} against price](price.png)\n\nEach line begins at SFT, whose price is in all of them.\n")

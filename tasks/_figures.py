@@ -7,7 +7,8 @@ from tasks import write_text
 # colour (light and dark in turn), marker and dash of each method, no two alike in any of the three
 STYLES = {"ilr": ("#12427e", "o", "-"), "dpo": ("#d9722e", "s", "--"), "naive": ("#2f7d4f", "^", "-."), "dpo-labels": ("#c9a227", "D", ":"),
           "sft-chosen": ("#8c1d40", "v", (0, (6, 1, 1, 1, 1, 1))), "filter": ("#5ab4c5", "P", (0, (2, 1))), "rft": ("#5b3a8c", "X", (0, (7, 2))),
-          "ensemble": ("#8f8f8f", "*", (0, (4, 1, 1, 1))), "steer": ("#111111", "<", (0, (1, 1))), "spin": ("#e08fb4", ">", (0, (5, 4)))}
+          "ensemble": ("#8f8f8f", "*", (0, (4, 1, 1, 1))), "steer": ("#111111", "<", (0, (1, 1))), "spin": ("#e08fb4", ">", (0, (5, 4))),
+          "dpo-release": ("#7a4a1e", "p", (0, (3, 2, 1, 2))), "dpo-coin": ("#b5b56a", "h", (0, (1, 4)))}
 
 
 def canvas(panels, title, width=6.4):

@@ -12,12 +12,16 @@ METHODS = {
     "dpo": ("DPO", "on pairs of the policy's own samples, those that the judge is surest of (arXiv 2305.18290)"),
     "naive": ("naive", "a random share of the labels is replaced, no judge"),
     "dpo-labels": ("DPO-labels", "DPO on ILR's own pairs, label against proposal"),
-    "sft-chosen": ("SFT-chosen", "SFT on what the judge chose of DPO's pairs"),
+    "sft-chosen": ("SFT-chosen", "SFT on what the judge chose of DPO's pairs, from SFT's model on"),
     "filter": ("filter", "labels that the judge rejects are dropped, nothing is added"),
     "rft": ("RFT", "accepted proposals stand beside the labels instead of replacing them (arXiv 2308.01825)"),
     "ensemble": ("ensemble", "the two half-models of round 1 vote at test time, no refinement"),
     "steer": ("steer", "SFT conditioned on the judge's score, asked for the best at test time (arXiv 2310.05344)"),
-    "spin": ("SPIN", "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)")}
+    "spin": ("SPIN", "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)"),
+    "dpo-release": ("DPO-release", "DPO that reads the judge as the paper's release does, both of its prompts in one order"),
+    "dpo-coin": ("DPO-coin", "DPO that tosses a coin in place of the judge")}
+CHAINS = ("dpo", "dpo-labels", "sft-chosen", "spin", "dpo-release", "dpo-coin")       # each round trains the policy of the one before
+SOURCES = ("naive", "dpo", "spin", "dpo-release", "dpo-coin")      # make proposals or samples of their own; ILR makes the others', or DPO
 PRICES = {"asked": "comparisons asked", "generated": "generated tokens", "trained": "trained tokens", "read": "read tokens",
           "flops": "FLOPs", "seconds": "seconds"}
 # what costs something: a training, a file of generated answers, a file of comparisons; and what of it each does not do
@@ -48,10 +52,11 @@ def pieces(method, k):
     Those who train on labels need the cross-labelling of all rounds and the training of the last; chains of policies need all
     that they trained. Who reuses another's half-models, samples or comparisons (its source's) carries their cost.
     """
-    source, parts = {"naive": "naive", "spin": "spin", "dpo": "dpo", "sft-chosen": "dpo"}.get(method, "ilr"), []
+    source = method if method in SOURCES else "dpo" if method == "sft-chosen" else "ilr"
+    parts = []
     for j in range(1, k + 1):
         folder = f"{source}_{j}"
-        if source in ("dpo", "spin"):
+        if source in CHAINS:
             parts.append(("file", f"{folder}/samples.jsonl", f"{folder}/sample"))
         else:
             parts += [("model", f"{folder}/half_{h}", f"{folder}/half_{h}") for h in (1, 2)]
@@ -59,9 +64,10 @@ def pieces(method, k):
                 parts += [("file", f"{folder}/proposals_{h}.jsonl", f"{folder}/propose") for h in (1, 2)]
         if method not in ("naive", "spin", "ensemble"):
             parts.append(("asked", folder, f"{folder}/compare"))
-        trained = method if j == k or method in ("dpo", "spin", "dpo-labels") else "dpo" if source == "dpo" else None
-        if trained and method != "ensemble":
-            parts.append(("model", f"{trained}_{j}/model_1", f"{trained}_{j}/train"))
+        if method == "sft-chosen" and j < k:        # DPO's policy of this round draws the next one's samples
+            parts.append(("model", f"dpo_{j}/model_1", f"dpo_{j}/train"))
+        if method in CHAINS or (j == k and method != "ensemble"):
+            parts.append(("model", f"{method}_{j}/model_1", f"{method}_{j}/train"))
     return parts
 
 

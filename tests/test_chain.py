@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from kill_test import TINY, call, contents, differences, finished_run
+from tasks._methods import METHODS
 
 JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", "report.html", ".png")
 
@@ -159,6 +160,13 @@ def test_every_baseline_runs_on_the_finished_run(copied):
     assert sampled["generated_tokens"] > answered["generated_tokens"] > 0 and sampled["weights"] == learned["weights"]
     assert json.loads((run / "ilr_1/comparisons.jsonl.summary").read_text())["read_tokens"] > 0
     assert json.loads((run / "judge/model/price.json").read_text())["read_tokens"] > 0
+    # and the report finds all of it: no blank in the prices of any method
+    prices = numbers["price"]
+    assert set(prices) == {"weak", "judge", "sft", *(f"{m}_1" for m in ALL.split())} and not any(None in row.values() for row in prices.values())
+    text = (out / "report.md").read_text()
+    assert all(f"\n- {METHODS[m][0]}: " in text and f"\n| {METHODS[m][0]}, through round 1 | " in text for m in ALL.split())
+    assert prices["filter_1"]["asked"] == prices["ilr_1"]["asked"] == prices["dpo-labels_1"]["asked"] > prices["spin_1"]["asked"] == 0
+    assert prices["sft-chosen_1"]["generated"] == prices["dpo_1"]["generated"] and prices["ensemble_1"]["flops"] < prices["naive_1"]["flops"]
 
 
 def check_order(commands, folder):

@@ -325,11 +325,12 @@ SAMPLED = ("dpo_{k}/samples.jsonl", "dpo_{k}")
 @pytest.mark.parametrize("method, each_round, last", [
     ("ilr", CROSS, "ilr_2/model_1"), ("naive", [p.replace("ilr", "naive") for p in CROSS[:4]], "naive_2/model_1"),
     ("filter", CROSS, "filter_2/model_1"), ("rft", CROSS, "rft_2/model_1"), ("steer", CROSS, "steer_2/model_1"),
-    ("dpo", (*SAMPLED, "dpo_{k}/model_1"), None), ("dpo-labels", (*CROSS, "dpo-labels_{k}/model_1"), None),
-    ("spin", ("spin_{k}/samples.jsonl", "spin_{k}/model_1"), None), ("sft-chosen", SAMPLED, ("dpo_1/model_1", "sft-chosen_2/model_1"))])
+    *((m, [p.replace("dpo", m) for p in (*SAMPLED, "dpo_{k}/model_1")], None) for m in ("dpo", "dpo-release", "dpo-coin")),
+    ("dpo-labels", (*CROSS, "dpo-labels_{k}/model_1"), None),
+    ("spin", ("spin_{k}/samples.jsonl", "spin_{k}/model_1"), None), ("sft-chosen", (*SAMPLED, "sft-chosen_{k}/model_1"), "dpo_1/model_1")])
 def test_what_each_method_pays_for(method, each_round, last):
     paths = [path for _, path, _ in _methods.pieces(method, 2)]
-    expected = [p.format(k=k) for k in (1, 2) for p in each_round] + ([last] if isinstance(last, str) else list(last or ()))
+    expected = [p.format(k=k) for k in (1, 2) for p in each_round] + ([last] if last else [])
     assert sorted(paths) == sorted(expected)
 
 
@@ -385,15 +386,16 @@ def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
     text = report(run_folder)
     assert re.findall(r"^\| ([\w-]+) \| 47.5", text, re.M) == [name for name, _ in _methods.METHODS.values()]
     assert all(f"\n- {name}: {what}.\n" in text for name, what in _methods.METHODS.values())
-    assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 10 + 9 + 1
-    assert list(_figures.STYLES) == methods and all(len({str(style[i]) for style in _figures.STYLES.values()}) == 10 for i in range(3))
+    assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 12 + 11 + 1
+    assert list(_figures.STYLES) == methods and all(len({str(style[i]) for style in _figures.STYLES.values()}) == 12 for i in range(3))
 
 
 @pytest.mark.parametrize("settings, said, unsaid", [
     ({"TASK": "arithmetic", "WEAK_ACCURACY": "0.45", "JUDGE_ACCURACY": "0"}, ["one pair of base models", "nearest to 45% right"],
      ["stops at", "oracle"]),
     ({"TASK": "gsm8k", "JUDGE_ACCURACY": "0.8", "EVAL": "validation"}, ["stops at 80%", "validation problems"], ["trained here", "nearest"]),
-    ({"JUDGE": "oracle", "CLEAN_START": "1"}, ["oracle", "dropped before SFT"], ["dialed"])])
+    ({"JUDGE": "oracle", "CLEAN_START": "1", "JUDGE_FLIPS": "0"}, ["oracle", "dropped before SFT"], ["dialed", "the loss"]),
+    ({"JUDGE_FLIPS": "0.3", "DPO_LOSS": "rdpo"}, ["dialed: 30% of the judge's answers are turned round", "the loss rdpo"], ["oracle"])])
 def test_caveats_are_those_of_the_run(run_folder, settings, said, unsaid):
     write_json(run_folder / "config.json", {"settings": settings})
     shutil.rmtree(run_folder / "seed_1/ilr_2")
