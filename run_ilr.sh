@@ -418,7 +418,7 @@ policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains 
     preferences
     for ((r = 1; r <= RETRAINS; r++)); do
       if [ $method = sft-chosen ]; then
-        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --task "$TASK" --seed $((seed + 1000 * (r - 1)))
+        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
       else
         stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
           "${loss[@]}" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
