@@ -9,6 +9,7 @@ Writes results/growth.md, .json and .png; axes that are not named keep what they
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -183,7 +184,7 @@ def measured(*command):
 
 AXES = {"size": (of_size, "weights of the model", "seconds per 1,000 tokens", "Larger models: about in proportion to their weights"),
         "length": (of_length, "tokens of a sequence", "seconds per 1,000 tokens", "Longer texts, the same tokens a step"),
-        "records": (of_records, "records", "seconds, whole process", "More records: every stage grows in proportion"),
+        "records": (of_records, "records", "seconds, whole process", "More records: in proportion or less"),
         "memory": (None, "records", "peak resident MB, whole process", "Memory per record"),
         "samples": (of_samples, "samples of a prompt", "seconds per prompt", "More samples of a prompt")}
 
@@ -193,12 +194,16 @@ def draw(results):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, panels = plt.subplots(1, len(results), figsize=(5.2 * len(results), 4.6), squeeze=False)
-    for panel, (axis, curves) in zip(panels[0], results.items()):
+    figure, panels = plt.subplots(math.ceil(len(results) / 2), 2, figsize=(11, 4.2 * math.ceil(len(results) / 2)), squeeze=False)
+    for panel in panels.flat[len(results):]:
+        panel.axis("off")
+    for panel, (axis, curves) in zip(panels.flat, results.items()):
         _, x, y, title = AXES[axis]
         for (name, points), marker in zip(curves.items(), "os^Dv<>"):
             panel.loglog(*zip(*points), marker=None if "floor" in name else marker, linestyle=":" if "floor" in name else "-", label=f"{name}: slope {slope(axis, points):.2f}")
         panel.set(xlabel=x, ylabel=y, title=title)
+        panel.set_xticks([px for px, _ in points], [f"{px:,}" for px, _ in points])
+        panel.xaxis.set_minor_locator(plt.NullLocator())
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     figure.tight_layout()
@@ -228,7 +233,7 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("axes", nargs="*", choices=[a for a in AXES if a != "memory"], default=["size", "length", "records", "samples"])
+    p.add_argument("axes", nargs="*", metavar="AXIS", choices=[a for a in AXES if a != "memory"], default=["size", "length", "records", "samples"])
     p.add_argument("--repeats", type=int, default=3)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     main(p.parse_args())
