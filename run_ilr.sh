@@ -125,7 +125,11 @@ url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
 check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
 case $JUDGE in http*) check '.+' 'the model behind the URL of JUDGE' JUDGE_MODEL ;; esac
 check '(sigmoid|cdpo|rdpo|ipo|hinge|asft)' 'one of sigmoid, cdpo, rdpo, ipo, hinge, asft' DPO_LOSS
-case $DPO_LOSS in cdpo|rdpo) check trained "trained with DPO_LOSS=$DPO_LOSS, whose noise rate is that of a trained judge" JUDGE ;; esac
+case $DPO_LOSS in cdpo|rdpo)      # told of the judge's errors on its held-out pairs, which must be those of the preferences
+  check trained "trained with DPO_LOSS=$DPO_LOSS, whose noise rate is that of a trained judge" JUDGE
+  check '0(\.0*)?' "0 with DPO_LOSS=$DPO_LOSS, which would not know of the flips" JUDGE_FLIPS
+  case " $METHODS " in *" spin "*|*" dpo-coin "*) echo "run_ilr.sh: error: METHODS: spin and dpo-coin ask no judge, DPO_LOSS=$DPO_LOSS needs one" >&2; exit 2 ;; esac ;;
+esac
 if [ "$TASK" = saferpaca ]; then
   check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
   case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac

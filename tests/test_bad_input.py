@@ -68,7 +68,7 @@ COMMANDS = {     # stage and input that is spoiled -> its command, {bad} standin
     "dpo pairs": "dpo --model {model} --data {bad} --out {out}",
     "evaluate labels": "evaluate grade --task arithmetic --data {bad} --out {out}",
 }
-FIELDS = {"dpo pairs": "rejected", "refine comparisons": "agree", "refine comparisons pairs": "pair", "generate labels": "prompt",
+FIELDS = {"dpo pairs": "rejected", "refine comparisons": "agree", "refine comparisons pairs": "agree", "generate labels": "prompt",
           "compare samples a": "sample", "evaluate labels": "reference"}
 
 

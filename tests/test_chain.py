@@ -249,6 +249,13 @@ def test_losses_that_need_a_noise_rate_need_a_trained_judge(judge, tmp_path):
     assert refused.stderr == f"run_ilr.sh: error: JUDGE is '{judge}': expected trained with DPO_LOSS=rdpo, whose noise rate is that of a trained judge\n"
 
 
+@pytest.mark.parametrize("settings, message", [({"JUDGE_FLIPS": 0.1}, "JUDGE_FLIPS is '0.1': expected 0 with DPO_LOSS=rdpo"),
+                                               ({"METHODS": "dpo spin"}, "METHODS: spin and dpo-coin ask no judge"), ({"FLIP_KIND": "odd"}, "FLIP_KIND is 'odd'")])
+def test_losses_that_know_the_judges_errors_are_told_the_right_ones(settings, message, tmp_path):
+    refused = call(tmp_path / "run", tmp_path / "bases", DPO_LOSS="rdpo", **settings)
+    assert refused.returncode == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     out, bases = tmp_path / "run", tmp_path / "bases"
     shown = call(out, bases, "--help", **TINY)

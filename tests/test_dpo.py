@@ -66,7 +66,7 @@ def test_dpo_loss_is_equation_7():
 def test_first_step_is_ln_2_and_metrics_are_trls(argv, tmp_path, lora):
     run(dpo, *argv, "--out", tmp_path / "m", "--batch-size", 4, "--epochs", 2, "--lr", 1e-3, *lora)
     log = rows(tmp_path / "m/metrics.jsonl")
-    assert len(log) == 6 and all(list(r) == ["step", "epoch", "lr", "grad_norm", *NAMES] for r in log)
+    assert len(log) == 6 and all(list(r) == ["step", "epoch", "lr", "grad_norm", "tokens", *NAMES] for r in log)
     # policy = reference up to the packing: log-probabilities of about 300 in fp32, times beta 0.1 and slope 1/2
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=2e-5)
     assert [log[0][k] for k in ("rewards/chosen", "rewards/rejected", "rewards/margins")] == pytest.approx([0, 0, 0], abs=5e-5)
