@@ -265,7 +265,8 @@ def caveats(data):
     dialed = [what.format(float(settings[key])) for key, what in (
         ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
         ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
-        ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round")) if float(settings.get(key) or 0) > 0]
+        ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"))
+        if float(settings.get(key) or 0) > 0 and (key != "JUDGE_ACCURACY" or settings.get("JUDGE", "trained") == "trained")]
     said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
             f"{n} seeds, each with data, a weak model and a judge of its own."
             + (" They are few: a bootstrap over them is too narrow, and Student's t leans on the normal." if n < 10 else "")]
@@ -322,14 +323,14 @@ def write_report(data, said, price, drawn):
     rows = [*((p, f"shared: {name}") for p, name in (("weak", "weak side"), ("judge", "judge"), ("sft", "SFT start"))),
             *((p, f"{METHODS[m][0]}, through round {k}") for m in methods for k, p in points_of(data, m).items() if k)]
     text += ["## Price\n", table(["", *PRICES.values()], [[name, *(number(c, price[p][c]) for c in PRICES)] for p, name in rows if p in price]),
-             "Mean over seeds; blank: not recorded. A method's rows are cumulative, on top of what is shared (naive, ensemble and SPIN need no "
-             "judge). Training on labels counts once, for the last round; a chain of policies counts whole; what a method takes over from "
+             "Mean over seeds; blank: not recorded. A method's rows are cumulative, on top of what is shared (naive, ensemble, SPIN and DPO-coin "
+             "need no judge). Training on labels counts once, for the last round; a chain of policies counts whole; what a method takes over from "
              "another (half-models, samples, comparisons) counts too. FLOPs: 2 a weight for each token read or generated, 4 for each token "
              "trained on and 2 more a trained weight, without attention's own part (Kaplan et al. 2020, arXiv 2001.08361). Not counted: base "
-             "models, test answers (the ensemble's too), a point's further trainings. Seconds: wall time of model stages, some side by side"
+             "models, test answers (the ensemble's too), a point's further trainings. Seconds: wall time of each stage's last start, beside others of higher or lower priority: no price"
              + (f"; the whole run took {data['seconds']['whole run']:,.0f}" if "whole run" in data["seconds"] else "") + ".\n"]
     if "price.png" in drawn:
-        text.append(f"![{metric} against price](price.png)\n\nEach line begins at SFT, whose price is in all of them.\n")
+        text.append(f"![{metric} against price](price.png)\n\nEach line begins at SFT, whose price is in all of them; the judge's is in none.\n")
     if {"ilr", "dpo"} <= set(methods):
         text += ["### At equal budgets\n", f"Beside each round, the {metric} of the other method's last round that costs no more.\n",
                  table(["", metric, "the other, for no more comparisons", "the other, for no more FLOPs"],
@@ -411,12 +412,11 @@ def report(args):
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
     price, said = prices(data), claims(data)
-    drawn = draw(data, price)
-    print(write_report(data, said, price, drawn))
-    _figures.html(run / "report.md")
+    print(write_report(data, said, price, drawn := draw(data, price)))
     write_json(run / "report.json", {      # seconds are in times.jsonl: a run that is made again writes the same bytes here
         **{k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")}, "claims": said,
         "price": {p: {c: v for c, v in row.items() if c != "seconds"} for p, row in price.items()}})
+    _figures.html(run / "report.md")
     print(f"{run}/report.md, report.html, report.json" + "".join(f", {name}" for name in drawn))
 
 

@@ -187,7 +187,7 @@ def generate_file(args, model_path, data, out, half):
             bar.update(len(batch))
 
     write_json(f"{out}.price", {"weights": count_weights(model),
-                                "generated_tokens": sum(r[4] for r in log.results),
+                                "generated_tokens": args.num_beams * sum(r[4] for r in log.results),      # through the model
                                 "read_tokens": sum(len(prompts[i]) for batch in batches for i in {i for i, _ in batch})})
     write_jsonl(out, [{**records[i], "completion": text, "source": args.source,
                        **({"sample": s} if args.num_samples > 1 else {}), "truncated": cut}

@@ -95,7 +95,7 @@ def misread(comparisons, reading, seed):
             prob_b = float(np.mean([1 / (1 + np.exp(-logit)), 1 / (1 + np.exp(logit))], dtype=np.float32))
             c = {**c, "prob_b": prob_b if prob_b != 0.5 else math.nextafter(0.5, 0)}
         elif not c["agree"]:
-            c = {**c, "prob_b": random.Random(dumps([seed, "coin", c["id"], c.get("pair", 0)])).random()}
+            c = {**c, "prob_b": random.Random(dumps([seed, "coin", c["id"], c["completion_a"], c["completion_b"]])).random()}
         rows.append(c)
     return rows
 
@@ -201,8 +201,10 @@ def main(args):
     args.comparisons, *more = args.comparisons or [None]
     if more and args.method != "steer":
         raise InputError(f"--method {args.method} reads one file of --comparisons, not {1 + len(more)}")
+    if args.reading != "both" and args.method not in ("pairs", "chosen"):
+        raise InputError(f"--reading has no effect with --method {args.method}")
     if args.method in ("pairs", "chosen"):
-        fields = ("id", "prompt", "completion_a", "completion_b", "agree", "prob_b")
+        fields = ("id", "prompt", "completion_a", "completion_b", "agree", "prob_b", *(["prob_b_ab"] if args.reading == "same" else []))
         comparisons = read_jsonl(need(args, "comparisons"), fields, ("id", "pair"))
         if args.reading != "both":
             comparisons = misread(comparisons, args.reading, args.seed)

@@ -119,7 +119,8 @@ check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST 
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' BETA DPO_NLL WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
+check '[0-9]*\.?[0-9]*[1-9][0-9]*(e-?[0-9]+)?' 'a number above 0' BETA
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' DPO_NLL WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
 check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
 url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
 check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
@@ -134,6 +135,7 @@ if [ "$TASK" = saferpaca ]; then
   check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
   case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac
   check '0' '0 (its grades cost money)' WEAK_ACCURACY
+  case " $METHODS " in *" ensemble "*) echo "run_ilr.sh: error: METHODS: ensemble votes, and saferpaca has no rule for when two answers agree" >&2; exit 2 ;; esac
 fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 ALL_METHODS="ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin"      # one that is read from first
@@ -379,11 +381,13 @@ relabeled_models() {   # relabeled_models filter|rft|steer: the base model retra
   done
 }
 
-ensemble() {       # the half-models of ILR's first round vote on every test problem, with DPO_SAMPLES answers together
-  local dir=$run/ensemble_1 halves=("$run/ilr_1/half_1" "$run/ilr_1/half_2") LATER=10
-  needs "${halves[0]}"; needs "${halves[1]}"
-  stage "$at/ensemble_1/answer" "$dir/samples_2.jsonl" "$PYTHON" generate.py --model "${halves[@]}" --data "$data/$EVAL.jsonl" --temperature "$DPO_TEMPERATURE" \
-    --num-samples $(((DPO_SAMPLES + 1) / 2)) --seed "$seed" --out "$dir/samples_1.jsonl" "$dir/samples_2.jsonl" $DECODING $LOADING
+ensemble() {       # the half-models of ILR's first round vote on every test problem, with DPO_SAMPLES answers together, an even number
+  local dir=$run/ensemble_1 halves=("$run/ilr_1/half_1" "$run/ilr_1/half_2") k LATER=10
+  for k in 1 2; do       # a seed each: noise of their own
+    needs "${halves[k - 1]}"
+    stage "$at/ensemble_1/answer_$k" "$dir/samples_$k.jsonl" "$PYTHON" generate.py --model "${halves[k - 1]}" --data "$data/$EVAL.jsonl" --num-samples $(((DPO_SAMPLES + 1) / 2)) \
+      --temperature "$DPO_TEMPERATURE" --seed $((seed + 1000 * k)) --out "$dir/samples_$k.jsonl" $DECODING $LOADING
+  done
   stage "$at/ensemble_1/vote" "$dir/eval_1.jsonl" "$PYTHON" refine.py --method vote --labels "$data/$EVAL.jsonl" \
     --proposals "$dir/samples_1.jsonl" "$dir/samples_2.jsonl" --task "$TASK" --out "$dir/eval_1.jsonl"
   grade "$at/ensemble_1/grade" "$dir/eval_1"

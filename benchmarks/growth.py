@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from _bench import ROOT, SIZES, about, make_model, matrix_rate, problems, settle
+from _bench import ROOT, SIZES, about, make_model, matrix_rate, operations, problems, settle
 
 RESULTS = Path(__file__).resolve().parent / "results"
 COUNTS = 1_000, 10_000, 100_000
@@ -73,8 +73,10 @@ def of_size(args):
             model = generate.open_model(Path(top, "model"), torch.device("cpu")).eval()
             prompts = [generate.encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 64)]
             curves["generation"].append((weights, 1000 * seconds(lambda: generate.decode(model, prompts, -1, 64), args.repeats) / (64 * 64)))
-            for name, operations in (("SFT", 6), ("judge", 2)):
-                curves[f"{name}, floor"].append((weights, 1000 * operations * weights / rate))
+            lengths, labelled = [count(r["prompt"], r["completion"]) for r in records], sum(count(r["completion"]) for r in records)
+            curves["SFT, floor"].append((weights, 1000 * operations(size, lengths, labelled) / rate / sum(lengths)))
+            lengths = list(map(len, questions))
+            curves["judge, floor"].append((weights, 1000 * operations(size, lengths, 0, backward=False) / rate / sum(lengths)))
     return curves
 
 

@@ -19,8 +19,10 @@ from _bench import ROOT, about
 
 
 def run(out, seeds, rounds, **settings):
-    subprocess.run(["bash", ROOT / "run_ilr.sh"], check=True, stdout=sys.stderr, env={
+    done = subprocess.run(["bash", ROOT / "run_ilr.sh"], stdout=sys.stderr, env={
         **os.environ, "PYTHON": sys.executable, "OUT": str(out), "SEEDS": seeds, "ROUNDS": str(rounds), "EVAL": "validation", "JUDGE_ACCURACY": "0", **settings})
+    if done.returncode:
+        sys.exit(f"{out}: run_ilr.sh failed (exit {done.returncode})")
     return json.loads((out / "report.json").read_text())
 
 
@@ -31,13 +33,16 @@ def mean(by_seed):
 
 def main(args):
     work, points = Path(args.work).resolve(), []
-    for flips in sorted(args.flips):
+    for flips in sorted({0.0, *args.flips}):
         out = work / f"flips_{flips}"
         if flips:
             for seed in args.seeds.split():
                 for part in ("data", "weak", "judge", "sft", "gold"):
                     if not (out / f"seed_{seed}/{part}").exists():
-                        shutil.copytree(work / f"flips_0.0/seed_{seed}/{part}", out / f"seed_{seed}/{part}", symlinks=True, copy_function=os.link)
+                        half = out / f"seed_{seed}/.{part}.writing"
+                        shutil.rmtree(half, ignore_errors=True)
+                        shutil.copytree(work / f"flips_0.0/seed_{seed}/{part}", half, symlinks=True, copy_function=os.link)
+                        half.rename(out / f"seed_{seed}/{part}")
         found = run(out, args.seeds, args.rounds, JUDGE_FLIPS=str(flips), FLIP_KIND=args.kind)
         points.append({"flips": flips, "sft": mean(found["tests"]["sft"]), **{
             m: {"judge": mean({s: c["accuracy"] for s, c in found["comparisons"][f"{m}_1"].items()}), "test": mean(found["tests"][f"{m}_{args.rounds}"])}

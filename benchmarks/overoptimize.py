@@ -69,7 +69,7 @@ def draw(curves, start, out):
         for k, (beta, points) in enumerate(curves.items()):
             points = [start, *points]
             panel.plot([p["kl"] for p in points], [100 * p[key] for p in points], marker="osD^vP"[k % 6], ls=["-", "--", "-.", ":"][k % 4],
-                       color=str(0.1 + 0.12 * k), label=f"beta {beta}")
+                       color=str(min(0.8, 0.1 + 0.12 * k)), label=f"beta {beta}")
         panel.set(xlabel="KL(policy || SFT model), nats a completion", ylabel=label, title=f"{label.partition(',')[0].partition(' over')[0]} against distance".capitalize())
         panel.set_xscale("symlog", linthresh=0.1)
         panel.grid(alpha=0.3)
@@ -78,8 +78,12 @@ def draw(curves, start, out):
 
 
 def main(args):
-    run, work = Path(args.run).resolve(), Path(args.work or tempfile.mkdtemp())
+    run, work = Path(args.run).resolve(), Path(args.work or tempfile.mkdtemp()).resolve()
     work.mkdir(parents=True, exist_ok=True)
+    settings = {k: v for k, v in vars(args).items() if k not in ("beta", "work", "out")}
+    if (work / "settings.json").exists() and json.loads((work / "settings.json").read_text()) != settings:
+        sys.exit(f"{work} was begun with other settings: {(work / 'settings.json').read_text().strip()}")
+    (work / "settings.json").write_text(json.dumps(settings) + "\n")
     sys.path.insert(0, str(ROOT))
     start, curves = look(work, "sft", run / "sft/model_1", run, args), {}
     names = [*(f"checkpoint-{round(100 * k / args.points)}" for k in range(1, args.points)), "."]
@@ -88,10 +92,10 @@ def main(args):
                       "--beta", beta, "--lr", args.lr, "--epochs", args.epochs, "--save-every", 1 / args.points, "--row-tokens", 128, "--micro-tokens", 2048, "--device", "cpu")
         steps = [json.loads(line)["step"] for line in (model / "metrics.jsonl").open()][-1]
         curves[beta] = [{"step": round(steps * (k + 1) / args.points), **look(work, f"beta_{beta}_{k + 1}", model / name, run, args)} for k, name in enumerate(names)]
-        print(f"beta {beta}: " + "; ".join(f"{p['accuracy']:.1%} at KL {p['kl']:.2f}" for p in curves[beta]), file=sys.stderr)
+        print(f"beta {beta}: " + "; ".join(f"{p['accuracy']:.1%} at KL {p['kl']:.3g}" for p in curves[beta]), file=sys.stderr)
     lines = [f"DPO from an SFT model of {start['accuracy']:.1%}, {args.epochs} epochs at learning rate {args.lr:g}.", "",
              "| beta | step | KL, nats | accuracy (%) | judge's favour (%) |", "| --- | --- | --- | --- | --- |",
-             *(f"| {beta} | {p['step']} | {p['kl']:.2f} | {100 * p['accuracy']:.1f} | {100 * p['favour']:.1f} |" for beta, points in curves.items() for p in points), "",
+             *(f"| {beta} | {p['step']} | {p['kl']:.3g} | {100 * p['accuracy']:.1f} | {100 * p['favour']:.1f} |" for beta, points in curves.items() for p in points), "",
              ", ".join(f"{k} {v}" for k, v in about().items())]
     print("\n".join(lines))
     Path(f"{args.out}.md").write_text("\n".join(lines) + "\n")

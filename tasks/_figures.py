@@ -2,7 +2,7 @@
 import base64
 import re
 
-from tasks import write_text
+from tasks import InputError, write_text
 
 # colour (light and dark in turn), marker and dash of each method, no two alike in any of the three
 STYLES = {"ilr": ("#12427e", "o", "-"), "dpo": ("#d9722e", "s", "--"), "naive": ("#2f7d4f", "^", "-."), "dpo-labels": ("#c9a227", "D", ":"),
@@ -109,7 +109,10 @@ tr:nth-child(even) td { background: #f3f3f3 } img { max-width: 100% }
 
 def html(path):
     """A Markdown file -> the same page beside it as one HTML file, figures inside."""
-    import markdown
+    try:
+        import markdown
+    except ImportError:
+        raise InputError("report.html needs the package markdown (pip install -r requirements.txt); the rest of the report is written") from None
 
     def inline(match):
         return f'src="data:image/png;base64,{base64.b64encode((path.parent / match[1]).read_bytes()).decode()}"'

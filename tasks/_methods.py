@@ -16,7 +16,7 @@ METHODS = {
     "filter": ("filter", "labels that the judge rejects are dropped, nothing is added"),
     "rft": ("RFT", "accepted proposals stand beside the labels instead of replacing them (arXiv 2308.01825)"),
     "ensemble": ("ensemble", "the two half-models of round 1 vote at test time, no refinement"),
-    "steer": ("steer", "SFT conditioned on the judge's score, asked for the best at test time (arXiv 2310.05344)"),
+    "steer": ("steer", "SFT of labels and proposals conditioned on the judge's score, agreed labels without one, asked for the best at test time (arXiv 2310.05344)"),
     "spin": ("SPIN", "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)"),
     "dpo-release": ("DPO-release", "DPO that reads the judge as the paper's release does, both of its prompts in one order"),
     "dpo-coin": ("DPO-coin", "DPO that tosses a coin in place of the judge")}
@@ -31,7 +31,7 @@ ZEROS = {"model": ("asked", "generated_tokens"), "file": ("asked", "trained_toke
 
 def points_of(data, method):
     """The points of a method in order, {round: name}: the SFT start is round 0."""
-    rounds = {int(p.rpartition("_")[2]): p for p in data["tests"] if p.rpartition("_")[0] == method}
+    rounds = {int(p.rpartition("_")[2]): p for p in data["tests"] if p.rpartition("_")[0] == method and p.rpartition("_")[2].isdigit()}
     return dict(sorted({**({0: "sft"} if "sft" in data["tests"] else {}), **rounds}.items()))
 
 
@@ -62,7 +62,7 @@ def pieces(method, k):
             parts += [("model", f"{folder}/half_{h}", f"{folder}/half_{h}") for h in (1, 2)]
             if method != "ensemble":
                 parts += [("file", f"{folder}/proposals_{h}.jsonl", f"{folder}/propose") for h in (1, 2)]
-        if method not in ("naive", "spin", "ensemble"):
+        if method not in ("naive", "spin", "ensemble", "dpo-coin"):
             parts.append(("asked", folder, f"{folder}/compare"))
         if method == "sft-chosen" and j < k:        # DPO's policy of this round draws the next one's samples
             parts.append(("model", f"dpo_{j}/model_1", f"dpo_{j}/train"))

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -302,6 +303,20 @@ def test_prices_by_hand(priced):
         "asked": 60, "generated": 200, "trained": 600, "read": 400, "flops": 4.68e6}
 
 
+def test_a_report_survives_what_does_not_belong_to_it(priced, monkeypatch):
+    """A folder that looks like a round; a judge that was not trained; and without the package markdown all but the HTML is written."""
+    (priced / "seed_0/ilr_old").mkdir()
+    (priced / "seed_0/ilr_old/eval_1.graded.jsonl").write_bytes((priced / "seed_0/sft/eval_1.graded.jsonl").read_bytes())
+    write_json(priced / "config.json", {"settings": {"TASK": "arithmetic", "JUDGE": "oracle", "JUDGE_ACCURACY": "0.8", "WEAK_ACCURACY": "0.45"}})
+    text = report(priced)
+    assert "The judge is an oracle" in text and "the judge's training stops" not in text and "45% right" in text and "ilr_old" not in text
+    (priced / "report.json").unlink()
+    monkeypatch.setitem(sys.modules, "markdown", None)
+    with pytest.raises(InputError, match="needs the package markdown"):
+        report(priced)
+    assert (priced / "report.json").exists()
+
+
 def test_a_price_that_is_missing_is_left_blank(priced):
     (priced / "seed_1/ilr_2/half_1/price.json").unlink()
     (priced / "seed_0/dpo_1/samples.jsonl.price").unlink()
@@ -325,7 +340,8 @@ SAMPLED = ("dpo_{k}/samples.jsonl", "dpo_{k}")
 @pytest.mark.parametrize("method, each_round, last", [
     ("ilr", CROSS, "ilr_2/model_1"), ("naive", [p.replace("ilr", "naive") for p in CROSS[:4]], "naive_2/model_1"),
     ("filter", CROSS, "filter_2/model_1"), ("rft", CROSS, "rft_2/model_1"), ("steer", CROSS, "steer_2/model_1"),
-    *((m, [p.replace("dpo", m) for p in (*SAMPLED, "dpo_{k}/model_1")], None) for m in ("dpo", "dpo-release", "dpo-coin")),
+    *((m, [p.replace("dpo", m) for p in (*SAMPLED, "dpo_{k}/model_1")], None) for m in ("dpo", "dpo-release")),
+    ("dpo-coin", ("dpo-coin_{k}/samples.jsonl", "dpo-coin_{k}/model_1"), None),
     ("dpo-labels", (*CROSS, "dpo-labels_{k}/model_1"), None),
     ("spin", ("spin_{k}/samples.jsonl", "spin_{k}/model_1"), None), ("sft-chosen", (*SAMPLED, "sft-chosen_{k}/model_1"), "dpo_1/model_1")])
 def test_what_each_method_pays_for(method, each_round, last):

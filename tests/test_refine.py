@@ -297,5 +297,13 @@ def test_other_readings_of_the_judge(tmp_path):
     assert coin == refine.misread(comparisons, "coin", 0) != refine.misread(comparisons, "coin", 1)
     pairs = refine.preference_pairs(same, 0.5, 0)
     assert len(pairs) == 200 and {p["chosen"][0] for p in pairs} == {"a", "b"}
+    next_round = refine.misread([{**c, "completion_a": c["completion_a"] + "'"} for c in comparisons], "coin", 0)       # other samples, another toss
+    assert 140 < sum((c["prob_b"] > 0.5) == (d["prob_b"] > 0.5) for c, d in zip(coin, next_round)) < 260
+    for method in ("ilr", "filter"):
+        with pytest.raises(InputError, match="--reading has no effect"):
+            run(refine, "--method", method, "--reading", "coin", "--task", "arithmetic", "--labels", tmp_path / "l.jsonl", "--out", tmp_path / "o.jsonl")
+    write_jsonl(tmp_path / "c.jsonl", [{k: v for k, v in c.items() if k != "prob_b_ab"} for c in comparisons])
+    with pytest.raises(InputError, match="'prob_b_ab' is missing"):
+        run(refine, "--method", "pairs", "--reading", "same", "--task", "arithmetic", "--comparisons", tmp_path / "c.jsonl", "--out", tmp_path / "o.jsonl")
     agreed = [comparison(0, None, pair=0)]
     assert refine.misread(agreed, "same", 0) == agreed
