@@ -309,7 +309,7 @@ def test_a_report_survives_what_does_not_belong_to_it(priced, monkeypatch):
     (priced / "seed_0/ilr_old/eval_1.graded.jsonl").write_bytes((priced / "seed_0/sft/eval_1.graded.jsonl").read_bytes())
     write_json(priced / "config.json", {"settings": {"TASK": "arithmetic", "JUDGE": "oracle", "JUDGE_ACCURACY": "0.8", "WEAK_ACCURACY": "0.45"}})
     text = report(priced)
-    assert "The judge is an oracle" in text and "the judge's training stops" not in text and "45% right" in text and "ilr_old" not in text
+    assert "The judge is an oracle" in text and "the judge's training stops" not in text and "45% right" in text and "round old" not in text
     (priced / "report.json").unlink()
     monkeypatch.setitem(sys.modules, "markdown", None)
     with pytest.raises(InputError, match="needs the package markdown"):
