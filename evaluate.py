@@ -199,7 +199,7 @@ def claims(data):
     if "ilr" in last:
         wanted += [(names["ilr"], last["ilr"][1], names[m], last[m][1]) for m in last if m != "ilr"]
     if {"ilr", "dpo"} <= set(last):
-        best = max((k for k in points_of(data, "dpo") if k), key=lambda k: over_seeds(data["tests"][f"dpo_{k}"])[0])
+        best = max((k for k in points_of(data, "dpo") if k), key=lambda k: (over_seeds(data["tests"][f"dpo_{k}"])[0], k))
         if best != last["dpo"][0]:
             wanted.append((names["ilr"], last["ilr"][1], f"DPO (round {best}, its best on these problems, a choice in DPO's favor)", f"dpo_{best}"))
     return [{"a": a, "b": b, **found} for a, point, b, other in wanted if (found := paired(data["answers"], point, other))]
