@@ -16,7 +16,6 @@ problem is on both sides of a cut, pairs are packed and not judged one at a time
 """
 import math
 import random
-import statistics
 from pathlib import Path
 
 from sft import Training, add_training_flags, apply_gradients, cosine_lr, hidden_states, make_optimizers, pack
@@ -24,7 +23,7 @@ from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, ma
                    read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
 from tasks._judges import Endpoint, ask_person, average_orders, is_url
 from tasks._memory import attempts, check_memory
-from tasks._models import count_weights, embed, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
+from tasks._models import agreements, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -219,21 +218,6 @@ def train(args):
 
 
 # ---------------------------------------------------------------- score
-def agreements(args, task, pairs):
-    """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
-    equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
-    if hasattr(task, "agree"):
-        warm(task, *zip(*pairs))
-        return [task.agree(a, b) for a, b in pairs]
-    if not args.embedder:
-        raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
-    import torch
-    vectors = embed(args.embedder, sorted({r["completion"] for pair in pairs for r in pair}), args.device)
-    alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
-    median = statistics.median(alike)
-    return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
-
-
 def make_comparisons(args, task):
     """One comparison per id of --a and --b, or per two consecutive samples of a prompt in --a."""
     if args.b:

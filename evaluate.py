@@ -11,8 +11,6 @@ one seed, Wilson's over problems. "A beats B" needs a paired bootstrap over seed
 """
 import hashlib
 import importlib.metadata
-import json
-import math
 import os
 import platform
 import subprocess
@@ -21,50 +19,10 @@ from pathlib import Path
 from tasks import (TASKS, InputError, _figures, get_task, make_parser, read_json, read_jsonl, refuse_existing, run_stage, share, warm,
                    write_json, write_jsonl, write_text)
 from tasks._methods import METHODS, PRICES, labels_of, methods_of, number, points_of, prices, within
+from tasks._statistics import bootstrap, mean_interval, over_seeds, seed_means, wilson
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")      # settings that add work and change none
-REPORTING = ("evaluate.py", "_figures.py", "_methods.py")  # sources that only read what a run made
-# 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom (standard table); beyond 30 the normal's 1.96.
-T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-        2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-
-
-# ---------------------------------------------------------------- statistics
-def wilson(mean, n):
-    """95% interval (low, high) of a proportion `mean` of n problems (Wilson 1927)."""
-    z = 1.959964
-    center = (mean + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def mean_interval(values):
-    """(mean, half width of Student's 95% interval) of independent values; the half width is None for fewer than two."""
-    n = len(values)
-    mean = sum(values) / n
-    if n < 2:
-        return mean, None
-    sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, (T975[n - 2] if n - 2 < len(T975) else 1.96) * sd / math.sqrt(n)
-
-
-def bootstrap(differences, draws=10_000):
-    """95% interval (low, high) of the mean over seeds of a paired difference: percentiles of a two-stage bootstrap, which draws
-    seeds with replacement and, within each drawn seed, its problems with replacement.
-
-    differences: for each seed an array of its problems' differences. Percentiles: Efron & Tibshirani 1993, An Introduction to
-    the Bootstrap, chapter 13; two stages: Davison & Hinkley 1997, Bootstrap Methods, section 3.8. To draw n problems is to
-    draw how often each distinct difference comes up, and there are few of them: one multinomial draw in place of n indices.
-    """
-    import numpy as np
-    rng = np.random.default_rng(0)
-    seeds = rng.integers(len(differences), size=(draws, len(differences)))
-    means = np.empty(seeds.shape)
-    for k, of_problems in enumerate(differences):
-        values, counts = np.unique(of_problems, return_counts=True)
-        drawn = seeds == k
-        means[drawn] = rng.multinomial(len(of_problems), counts / len(of_problems), size=int(drawn.sum())) @ values / len(of_problems)
-    return tuple(float(q) for q in np.percentile(means.mean(1), (2.5, 97.5)))
+REPORTING = ("evaluate.py", "_figures.py", "_methods.py", "_statistics.py")  # sources that only read what a run made
 
 
 # ---------------------------------------------------------------- grade
@@ -160,16 +118,6 @@ def collect(run):
 
 
 # ---------------------------------------------------------------- report: claims
-def seed_means(by_seed):
-    """{seed: mean of its retrains}: retrains share their data, so only seeds count as independent."""
-    return {seed: sum(shares) / len(shares) for seed, shares in by_seed.items()}
-
-
-def over_seeds(by_seed):
-    """`mean_interval` of the seeds' means, in percent."""
-    return mean_interval([100 * v for v in seed_means(by_seed).values()])
-
-
 def paired(answers, a, b):
     """Points a - b in percentage points, over the seeds that have both and problem by problem, retrains averaged first:
     {mean, per_seed, bootstrap, student (None for one seed), established}; None where no seed has both."""
@@ -412,7 +360,8 @@ def report(args):
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
     price, said = prices(data), claims(data)
-    print(write_report(data, said, price, drawn := draw(data, price)))
+    drawn = draw(data, price)
+    print(write_report(data, said, price, drawn))
     write_json(run / "report.json", {      # seconds are in times.jsonl: a run that is made again writes the same bytes here
         **{k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")}, "claims": said,
         "price": {p: {c: v for c, v in row.items() if c != "seconds"} for p, row in price.items()}})

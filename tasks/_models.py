@@ -4,9 +4,10 @@ import contextlib
 import gc
 import logging
 import os
+import statistics
 from pathlib import Path
 
-from tasks import InputError, question_of
+from tasks import InputError, question_of, warm
 from tasks._judges import Endpoint, is_url
 from tasks._memory import device_bytes
 
@@ -223,3 +224,18 @@ def embed(embedder, texts, device):
         mask = batch["attention_mask"][..., None]
         found.update(zip(block, ((hidden * mask).sum(1) / mask.sum(1)).cpu()))
     return found
+
+
+def agreements(args, task, pairs):
+    """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
+    equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
+    if hasattr(task, "agree"):
+        warm(task, *zip(*pairs))
+        return [task.agree(a, b) for a, b in pairs]
+    if not args.embedder:
+        raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
+    import torch
+    vectors = embed(args.embedder, sorted({r["completion"] for pair in pairs for r in pair}), args.device)
+    alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
+    median = statistics.median(alike)
+    return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]

@@ -13,7 +13,7 @@ import pytest
 from conftest import rows, run
 
 import evaluate
-from tasks import InputError, _figures, _methods, write_json, write_jsonl
+from tasks import InputError, _figures, _methods, _statistics, write_json, write_jsonl
 
 
 @pytest.mark.parametrize("successes, n, low, high", [      # Newcombe 1998, table I, method 3: to 4 digits
@@ -25,7 +25,7 @@ def test_wilson(successes, n, low, high):
 
 def test_t_quantiles():
     """The table against the density itself, integrated by Simpson's rule: P(0 < T < q) = 0.475."""
-    for df, q in enumerate(evaluate.T975, 1):
+    for df, q in enumerate(_statistics.T975, 1):
         x = np.linspace(0, q, 20001)
         density = np.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi) * (1 + x * x / df) ** (-(df + 1) / 2)
         area = (density[:-1:2] + 4 * density[1::2] + density[2::2]).sum() * (x[1] - x[0]) / 3
