@@ -63,6 +63,7 @@ case $TASK in
     JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
     JUDGE_WRONG=${JUDGE_WRONG:-4} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}   # its training stops at this accuracy; 0: as good as it gets
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    CHOSEN_LR=${CHOSEN_LR:-3e-4}                # SFT on what the judge chose goes on from a finished SFT, at less than a tenth of its rate
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DPO_TEMPERATURE=${DPO_TEMPERATURE:-0.7} STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
@@ -83,6 +84,7 @@ case $TASK in
     esac
     case $PRESET in *-70b) WEAK_LORA_LR=1e-4 WEAK_MODEL=${WEAK_MODEL:-mistralai/Mistral-7B-v0.1} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;; esac
     if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-$WEAK_LORA_LR} SFT_LR=${SFT_LR:-1e-4}; fi
+    CHOSEN_LR=${CHOSEN_LR:-$SFT_LR}
     STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
     WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-$EPOCHS} WEAK_BATCH=${WEAK_BATCH:-32}
     CHECKPOINTS=${CHECKPOINTS:-10 20 30 40 50 60 70 80 90} WEAK_ACCURACY=${WEAK_ACCURACY:-0}
@@ -99,7 +101,7 @@ case $TASK in
 esac
 VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
-JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
+JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY CHOSEN_LR DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
@@ -120,7 +122,7 @@ check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
 check '[0-9]*\.?[0-9]*[1-9][0-9]*(e-?[0-9]+)?' 'a number above 0' BETA
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' DPO_NLL WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' DPO_NLL WEAK_LR SFT_LR JUDGE_LR CHOSEN_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
 check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
 url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
 check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
@@ -426,7 +428,7 @@ policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains 
     preferences
     for ((r = 1; r <= RETRAINS; r++)); do
       if [ $method = sft-chosen ]; then
-        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
+        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$CHOSEN_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
       else
         stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
           "${loss[@]}" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
