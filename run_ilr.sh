@@ -40,7 +40,8 @@ DPO_NLL=${DPO_NLL:-0}             # weight of the chosen answers' likelihood in 
 JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
 JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of its answers that are turned round,
-FLIP_KIND=${FLIP_KIND:-symmetric} # each by chance (symmetric), or all that are about the same problems (systematic)
+LABEL_NOISE=${LABEL_NOISE:-}      # demonstrations are references, this share of them wrong; empty: the weak model's
+FLIP_KIND=${FLIP_KIND:-symmetric} # both by chance (symmetric), or all answers about the same problems, and labels as the weak model errs (systematic)
 SECONDS_PER_PAIR=${SECONDS_PER_PAIR:-60}   # what a person has for each answer
 case $PRESET in bird|gsm8k-70b) LORA_RANK=${LORA_RANK:-64} LOAD_IN_4BIT=${LOAD_IN_4BIT:-1} ;; esac    # 70B on one GPU
 LORA_RANK=${LORA_RANK:-0}         # of SFT and DPO; 0 trains every weight
@@ -99,7 +100,7 @@ case $TASK in
     DECODING=${DECODING:---max-new-tokens $TOKENS --batch-size 256} SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird saferpaca gsm8k-70b" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS LABEL_NOISE FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
 JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY CHOSEN_LR DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
@@ -137,6 +138,7 @@ if [ "$TASK" = saferpaca ]; then
   check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
   case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac
   check '0' '0 (its grades cost money)' WEAK_ACCURACY
+  [ -z "$LABEL_NOISE" ] || check symmetric 'symmetric with LABEL_NOISE (its grades cost money)' FLIP_KIND
   case " $METHODS " in *" ensemble "*) echo "run_ilr.sh: error: METHODS: ensemble votes, and saferpaca has no rule for when two answers agree" >&2; exit 2 ;; esac
 fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
@@ -146,6 +148,8 @@ for method in $METHODS; do       # whose files a baseline reads
   case $method in dpo-labels|filter|rft|steer|ensemble) source=ilr ;; sft-chosen) source=dpo ;; *) source=$method ;; esac
   [[ " $METHODS " = *" $source "* ]] || { echo "run_ilr.sh: error: METHODS: $method needs $source beside it" >&2; exit 2; }
 done
+[ -z "$LABEL_NOISE" ] || { check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1, or nothing' LABEL_NOISE
+  [ "$CLEAN_START" = 0 ] || { echo "run_ilr.sh: error: CLEAN_START=1 drops what LABEL_NOISE makes" >&2; exit 2; }; }
 check '(symmetric|systematic)' 'symmetric or systematic' FLIP_KIND
 check '[01]' '0 or 1' CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE
 check '(0|[1-9][0-9]*)' 'a whole number' LORA_RANK GT
@@ -310,7 +314,11 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
     --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $DECODING $LABELING
   grade_labels "$at/weak" "$run/weak"
-  if [ "$CLEAN_START" = 1 ]; then
+  if [ "$LABEL_NOISE" ]; then
+    stage "$at/noise" "$start" "$PYTHON" refine.py --method noise --labels "$run/weak/labels.jsonl" --proposals "$data/unlab.jsonl" --task "$TASK" \
+      --share "$LABEL_NOISE" --kind "$FLIP_KIND" --seed "$seed" --out "$start"
+    grade_labels "$at/noise" "$run/noise"
+  elif [ "$CLEAN_START" = 1 ]; then
     stage "$at/clean" "$start" "$PYTHON" refine.py --method clean --labels "$run/weak/labels.jsonl" --task "$TASK" --out "$start"
     grade_labels "$at/clean" "$run/clean"
   fi
@@ -464,7 +472,9 @@ pipeline() {
       *) loss+=(--loss "$DPO_LOSS") ;;
     esac
     [ "$DPO_NLL" = 0 ] || loss+=(--nll-weight "$DPO_NLL")
-    if [ "$CLEAN_START" = 1 ]; then start=$run/clean/labels.jsonl; else start=$run/weak/labels.jsonl; fi
+    start=$run/weak/labels.jsonl
+    [ "$CLEAN_START" = 0 ] || start=$run/clean/labels.jsonl
+    [ -z "$LABEL_NOISE" ] || start=$run/noise/labels.jsonl
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
       --seed "$seed" "${PREPARE[@]}"
     steps=(strong_base weak_side start_models)

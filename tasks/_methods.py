@@ -49,7 +49,7 @@ def methods_of(data):
 
 def labels_of(data):
     """{method: {round: {seed: [share correct]}}} of the methods that refine labels; round 0 is what SFT trains on."""
-    start = data["labels"].get("clean") or data["labels"].get("weak", {})
+    start = next((data["labels"][p] for p in ("noise", "clean", "weak") if p in data["labels"]), {})
     refined = {m: {k: data["labels"][p] for k, p in points_of(data, m).items() if p in data["labels"]} for m in METHODS}
     return {m: {0: start, **rounds} for m, rounds in refined.items() if rounds or m == "ilr"} if start else {}
 

@@ -74,3 +74,22 @@ def paired(answers, a, b):
     intervals = bootstrap(differences), None if half is None else (mean - half, mean + half)
     return {"mean": mean, "per_seed": per_seed, "bootstrap": intervals[0], "student": intervals[1],
             "established": all(i[0] > 0 or i[1] < 0 for i in intervals if i)}
+
+
+def widest(found):
+    """(low, high): the outer ends of what `paired` says, both intervals together."""
+    intervals = [i for i in (found["bootstrap"], found["student"]) if i]
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def reliability(calibrations):
+    """[(mean prob_b, share of pairs whose B is better, half widths of its Wilson interval below and above)] of the ten bins of several
+    `measure`s of compare.py together, of those that hold ten pairs or more."""
+    found = []
+    for same in zip(*calibrations):
+        n = sum(count for _, _, count in same)
+        if n >= 10:
+            x, y = (sum(b[k] * b[2] for b in same if b[2]) / n for k in (0, 1))
+            low, high = wilson(y, n)
+            found.append((x, y, y - low, high - y))
+    return found

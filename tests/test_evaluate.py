@@ -369,12 +369,12 @@ def test_an_ensemble_pays_for_two_half_models():
 # ---------------------------------------------------------------- figures and the page
 def test_calibration_is_pooled_over_seeds_and_rounds(priced):
     data = evaluate.collect(priced)
-    points = evaluate.reliability(data, ["ilr_1", "ilr_2"])
+    points = _statistics.reliability(c["calibration"] for p in ("ilr_1", "ilr_2") for c in data["comparisons"][p].values())
     # first bin 2 x (8 + 9) pairs, the second empty, then 24 each, the last 4: below ten, left out
     assert [(round(x, 3), round(y, 3)) for x, y, _, _ in points] == [(0.05, 0.2), *((round(0.1 * b + 0.05, 3), 0.5) for b in range(2, 9))]
     low, high = _statistics.wilson(0.2, 34)
     assert points[0][2:] == pytest.approx((0.2 - low, high - 0.2))
-    assert evaluate.reliability(data, ["sft"]) == []
+    assert _statistics.reliability([]) == []
 
 
 class Page(HTMLParser):
@@ -416,6 +416,7 @@ def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
     assert re.findall(r"^\| ([\w-]+) \| 47.5", text, re.M) == [name for name, _ in _methods.METHODS.values()]
     assert all(f"\n- {name}: {what}.\n" in text for name, what in _methods.METHODS.values())
     assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 12 + 11 + 1 + 2
+    assert "](gains.png)" in text and (run_folder / "gains.png").stat().st_size > 5000
     assert list(_figures.STYLES) == methods and all(len({str(style[i]) for style in _figures.STYLES.values()}) == 12 for i in range(3))
 
 
