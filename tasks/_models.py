@@ -10,6 +10,7 @@ from pathlib import Path
 from tasks import InputError, question_of, warm
 from tasks._judges import Endpoint, is_url
 from tasks._memory import device_bytes
+from tasks._parallel import deliver, first, gathered, home, local_world, rank, world
 
 
 def pick_device(name):
@@ -17,6 +18,11 @@ def pick_device(name):
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    if device.type == "cuda" and world() > 1:       # a GPU for each process
+        if local_world() > torch.cuda.device_count():
+            raise InputError(f"{local_world()} processes on a machine with {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -54,27 +60,50 @@ def open_tokenizer(path, chat_template=False):
     return tokenizer
 
 
-def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **kwargs):
+def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, shards=False, **kwargs):
     """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked. What
-    adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters."""
+    adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters.
+
+    Of several processes only the first reads the weights, into main memory. Each then gets a copy of them on its device; with
+    `shards` none, and `tasks._parallel.shard` deals them out. 4-bit weights are read by each process, one at a time."""
+    if load_in_4bit and world() > 1:
+        if shards:
+            raise InputError("--load-in-4bit trains in one process; several shard the weights instead, 16 bits each")
+        for turn in range(local_world()):
+            if turn == int(os.environ["LOCAL_RANK"]):
+                model = _open_model(path, device, auto, True, False, kwargs)
+            first(lambda: None)     # wait
+        return model
+    model = _open_model(path, device, auto, load_in_4bit, shards, kwargs)
+    if world() > 1 and not shards:
+        deliver(model, device)
+    return model
+
+
+def _open_model(path, device, auto, load_in_4bit, shards, kwargs):
     import torch
     import transformers
     adapters = read_adapters(path) if load_in_4bit else None
     if adapters:
-        model = open_model(adapters.pop("base"), device, load_in_4bit=True)
+        model = _open_model(adapters.pop("base"), device, auto, True, False, {})
         add_lora(model, next(len(tensor) for name, tensor in adapters.items() if name.endswith("lora_A")))
         model.load_state_dict(adapters, strict=False)
         return model
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    need, have = 0, device_bytes(device)
+    need, have, outline = 0, device_bytes(device), None
     with torch.device("meta"), contextlib.suppress(ValueError):      # its size, before gigabytes are fetched and read
-        outline = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path), dtype=dtype)
-        need = sum(p.numel() for p in outline.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1)
+        outline = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path, **kwargs), dtype=dtype)
+        need = sum(p.numel() for p in outline.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1) / (world() if shards else 1)
     if need > have:
         raise InputError(f"{path}: its weights alone take {need / 1e9:.3g} GB of the {have / 1e9:.3g} GB of {device}"
-                         + ("" if load_in_4bit else "; --load-in-4bit, with --lora-rank, takes a third"))
+                         + ("" if load_in_4bit else "; --load-in-4bit, with --lora-rank, takes a third" if not shards or world() == 1 else
+                            f" in each of {world()} processes; more share them"))
+    if rank() and not load_in_4bit:
+        if outline is None:
+            raise InputError(f"{path}: not a model that {auto} opens")
+        return outline
     model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
                                   output_loading_info=True, **kwargs)
     if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
@@ -91,7 +120,8 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **
             small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
             small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
             model.set_submodule(name, small)
-    return model.to(device)
+        return model.to(device)
+    return model.to(home(device))
 
 
 def count_weights(model, trained=False):
@@ -131,10 +161,10 @@ def add_lora(model, rank):
     class LoraLinear(torch.nn.Module):
         def __init__(self, base):
             super().__init__()
-            self.base, where = base, dict(device=base.weight.device, dtype=torch.float32)
-            self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **where))
-            self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **where))
-            torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+            self.base, device = base, base.weight.device
+            a, b = torch.empty(rank, base.in_features), torch.zeros(base.out_features, rank)
+            torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)       # drawn in main memory: one process or several, the same
+            self.lora_A, self.lora_B = torch.nn.Parameter(a.to(device)), torch.nn.Parameter(b.to(device))
 
         def forward(self, x):
             return self.base(x) + 2 * (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
@@ -150,24 +180,34 @@ def add_lora(model, rank):
 
 
 def save_model(model, tokenizer, folder):
-    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights. Of 4-bit weights it is their full
-    width, and the adapters stand beside it once more (open_model)."""
+    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights. The adapters stand beside it once more, for
+    those who open it in 4 bits (open_model), with those that its base was merged from. Of several processes the first writes; all wait."""
+    weights = gathered(model.state_dict(keep_vars=world() > 1))     # as variables: which of them are tied
+    first(lambda: _save_model(model, tokenizer, folder, weights))
+
+
+def _save_model(model, tokenizer, folder, weights):
+    import torch
     from safetensors.torch import save_file
-    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+    state = {name.replace(".base.", "."): tensor for name, tensor in weights.items()
              if "lora_" not in name and ".weight." not in name}      # weight.absmax, ...: what 4 bits are read by
-    adapters = {}
+    adapters, base = {}, model.name_or_path
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            weight, quantized = layer.base.weight.detach(), getattr(layer.base.weight, "quant_state", None)
+            weight, quantized = weights[f"{name}.base.weight"].detach(), getattr(layer.base.weight, "quant_state", None)
             if quantized is not None:
                 import bitsandbytes as bnb
                 weight = bnb.functional.dequantize_4bit(weight, quantized)
-                adapters.update({f"{name}.lora_A": layer.lora_A.detach().cpu(), f"{name}.lora_B": layer.lora_B.detach().cpu()})
-            state[f"{name}.weight"] = (weight + 2 * (layer.lora_B @ layer.lora_A).detach()).to(weight.dtype).cpu()
+            a, b = weights[f"{name}.lora_A"].detach(), weights[f"{name}.lora_B"].detach()
+            adapters.update({f"{name}.lora_A": a.cpu(), f"{name}.lora_B": b.cpu()})
+            state[f"{name}.weight"] = (weight + 2 * (b @ a)).to(weight.dtype).cpu()
     model.save_pretrained(folder, state_dict=state)
     if adapters:
-        base = model.name_or_path
-        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": str(Path(base).resolve()) if Path(base).exists() else base})
+        before = read_adapters(base) or {}      # of a base that was itself trained with adapters: B A + B' A' = [B B'] [A A']
+        base = before.pop("base", str(Path(base).resolve()) if Path(base).exists() else base)
+        adapters = {name: torch.cat([before[name], value], 0 if name.endswith("A") else 1) if name in before else value
+                    for name, value in adapters.items()}
+        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": base})
     tokenizer.save_pretrained(folder)
 
 
