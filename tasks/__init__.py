@@ -14,7 +14,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from tasks._parallel import first, give_way, is_loss_of_another, lost, processes, rank, world
+from tasks._parallel import first, give_way, is_loss_of_another, leave, lost, processes, rank, world
 
 TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
 
@@ -310,7 +310,6 @@ def run_stage(parser, main, argv=None):
             sys.exit(_fail(parser, f"{text} (lower --micro-tokens or --batch-size, or see --help for what else saves memory)", 1))
         if is_loss_of_another(e):
             lost(parser.prog)
-            sys.exit(1)
         raise
     except KeyboardInterrupt:
         sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))
@@ -319,7 +318,8 @@ def run_stage(parser, main, argv=None):
 def _fail(parser, message, code):
     traceback.clear_frames(sys.exc_info()[2])      # lets go of an open progress bar, which then ends its line
     give_way()
-    print(f"{parser.prog}: error: " + (f"process {rank()} of {world()}: " if rank() else "") + str(message), file=sys.stderr, flush=True)
+    print(f"{parser.prog}: error: " + (f"process {rank()} of {world()}: " if rank() else "") + str(message), file=sys.stderr)
+    leave(code)
     return code
 
 

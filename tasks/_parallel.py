@@ -42,26 +42,40 @@ def processes(prog):
 
     def ended():        # a thread, because the main one may hang in a collective where no handler runs
         signal.sigwait({signal.SIGTERM})
-        lost(prog)
-        os._exit(1)
+        lost(prog) if not failing else leave(1)
     threading.Thread(target=ended, daemon=True).start()
     import torch
     import torch.distributed as dist
     # a process that dies is seen by torchrun at once; the limit must outlast the reading and writing of the largest model
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=2))
     yield
+    first(lambda: None)     # all are done
     dist.destroy_process_group()
+    leave(0)
+
+
+def leave(code):
+    """Ends one of several processes at once: an orderly end of the interpreter aborts now and then, in threads of gloo's."""
+    if world() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def lost(prog):
     if rank() < 2:      # one of these is still there to say it
         print(f"{prog}: error: process {rank()} of {world()}: another process of this run has ended; the same command, with any number of "
-              "processes, continues from what was saved", file=sys.stderr, flush=True)
+              "processes, continues from what was saved", file=sys.stderr)
+    leave(1)
+
+
+failing = []
 
 
 def give_way():
     """Before an error is shown: the first process shows those that all have, and torchrun then ends the others."""
     if rank():
+        failing.append(True)
         time.sleep(5)
 
 
@@ -100,8 +114,8 @@ def deal(items, work, idle=None):
     import torch.distributed as dist
     for start in range(0, len(items), world()):
         own = start + rank()
-        result, results = work(items[own]) if own < len(items) else idle if idle is None else work(idle), [None] * world()
-        dist.all_gather_object(results, result)
+        item, results = items[own] if own < len(items) else idle, [None] * world()
+        dist.all_gather_object(results, None if item is None else work(item))
         yield from results[:len(items) - start]
 
 
