@@ -18,7 +18,7 @@ import compare
 import dpo
 import generate
 import sft
-from tasks import InputError, _memory, _parallel, write_jsonl
+from tasks import BatchLog, InputError, _memory, _parallel, write_jsonl
 
 STAGES = {"sft": sft, "dpo": dpo, "compare": compare, "generate": generate}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
@@ -33,7 +33,7 @@ def do(jobs):
         with pytest.MonkeyPatch.context() as m:
             if cut:
                 owner, name, calls = cut
-                interrupt_after(m, {"Training": sft.Training, "BatchLog": sft_tasks().BatchLog}[owner], name, calls)
+                interrupt_after(m, {"Training": sft.Training, "BatchLog": BatchLog}[owner], name, calls)
             try:
                 run(STAGES[stage], *argv)
                 ends.append("done")
@@ -42,11 +42,6 @@ def do(jobs):
             except InputError as e:
                 ends.append(str(e))
     return ends
-
-
-def sft_tasks():
-    import tasks
-    return tasks
 
 
 def do_with(count, jobs, folder):
@@ -100,7 +95,7 @@ def done(tiny, tokenizer, problems, tmp_path_factory):
     write_jsonl(data / "pairs.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "#### 1"} for p in problems[:9]])
     chain, said = data / "chain", {}
     cut = [trainings(tiny, data, chain)["tied"], trainings(tiny, data, chain)["judge"], answers(tiny, data, chain)["sampled.jsonl"]]
-    stops = [("Training", "log", 2), ("Training", "log", 2), ("BatchLog", "append", 2)]
+    stops = [("Training", "log", 1), ("Training", "log", 2), ("BatchLog", "append", 2)]
     assert do([(*job[:2], stop) for job, stop in zip(cut, stops)]) == ["cut"] * 3
     for count in (1, 2, 3):
         out = data / ("alone" if count == 1 else str(count))
@@ -225,8 +220,6 @@ def test_one_process_killed_ends_the_run_and_it_continues(done, tiny, tmp_path):
     assert "another process of this run has ended" in err and "SIGKILL" in err
     assert states[0].exists() and not (tmp_path / "m").exists()
     assert subprocess.run(["ps", "-p", children[0]], capture_output=True).returncode != 0       # nobody is left behind
-    short = [*argv[:5], 2, *argv[6:]]
-    assert short[4:6] == ["--epochs", 2]
     ends, said = do_with(3, [("sft", [*map(str, argv), "--out", tmp_path / "m"], ["Training", "log", 5])], tmp_path)
     assert ends == ["cut"] and "continuing after step" in said
 
