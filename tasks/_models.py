@@ -10,7 +10,7 @@ from pathlib import Path
 from tasks import InputError, question_of, warm
 from tasks._judges import Endpoint, is_url
 from tasks._memory import device_bytes
-from tasks._parallel import deliver, first, gathered, home, local_world, rank, world
+from tasks._parallel import deliver, first, gathered, local_world, rank, world
 
 
 def pick_device(name):
@@ -64,64 +64,54 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, sh
     """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked. What
     adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters.
 
-    Of several processes only the first reads the weights, into main memory. Each then gets a copy of them on its device; with
-    `shards` none, and `tasks._parallel.shard` deals them out. 4-bit weights are read by each process, one at a time."""
-    if load_in_4bit and world() > 1:
-        if shards:
-            raise InputError("--load-in-4bit trains in one process; several shard the weights instead, 16 bits each")
-        for turn in range(local_world()):
-            if turn == int(os.environ["LOCAL_RANK"]):
-                model = _open_model(path, device, auto, True, False, kwargs)
-            first(lambda: None)     # wait
-        return model
-    model = _open_model(path, device, auto, load_in_4bit, shards, kwargs)
-    if world() > 1 and not shards:
-        deliver(model, device)
-    return model
-
-
-def _open_model(path, device, auto, load_in_4bit, shards, kwargs):
+    Of several processes only the first reads the weights, into main memory. Each then gets a copy on its device; with `shards`
+    none does, and `tasks._parallel.shard` deals the model out."""
     import torch
     import transformers
+    if load_in_4bit and shards and world() > 1:
+        raise InputError("--load-in-4bit trains in one process; several shard the weights instead, 16 bits each")
     adapters = read_adapters(path) if load_in_4bit else None
     if adapters:
-        model = _open_model(adapters.pop("base"), device, auto, True, False, {})
+        model = open_model(adapters.pop("base"), device, load_in_4bit=True)
         add_lora(model, next(len(tensor) for name, tensor in adapters.items() if name.endswith("lora_A")))
         model.load_state_dict(adapters, strict=False)
         return model
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    need, have, outline = 0, device_bytes(device), None
+    need, have, model = 0, device_bytes(device), None
     with torch.device("meta"), contextlib.suppress(ValueError):      # its size, before gigabytes are fetched and read
-        outline = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path, **kwargs), dtype=dtype)
-        need = sum(p.numel() for p in outline.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1) / (world() if shards else 1)
+        model = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path, **kwargs), dtype=dtype)
+        need = sum(p.numel() for p in model.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1) / (world() if shards else 1)
     if need > have:
         raise InputError(f"{path}: its weights alone take {need / 1e9:.3g} GB of the {have / 1e9:.3g} GB of {device}"
-                         + ("" if load_in_4bit else "; --load-in-4bit, with --lora-rank, takes a third" if not shards or world() == 1 else
-                            f" in each of {world()} processes; more share them"))
-    if rank() and not load_in_4bit:
-        if outline is None:
-            raise InputError(f"{path}: not a model that {auto} opens")
-        return outline
-    model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
-                                  output_loading_info=True, **kwargs)
-    if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
-        raise InputError(f"{path}: a judge, not a language model")
-    missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
-    if missing:
-        raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+                         + ("" if load_in_4bit else f" in each of {world()} processes; more share them" if shards and world() > 1 else
+                            "; --load-in-4bit, with --lora-rank, takes a third"))
+    if rank() == 0:
+        model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
+                                      output_loading_info=True, **kwargs)
+        if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
+            raise InputError(f"{path}: a judge, not a language model")
+        missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
+        if missing:
+            raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    elif model is None:
+        raise InputError(f"{path}: not a model that {auto} opens")
     if load_in_4bit:
         import bitsandbytes as bnb
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # that it lacks faster kernels on a CPU
         for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
+            deliver(layer, device)
             small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
                                       quant_type="nf4", device="meta")
             small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
             small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
-            model.set_submodule(name, small)
+            model.set_submodule(name, small.to(device))
+    if world() == 1:
         return model.to(device)
-    return model.to(home(device))
+    if not shards:
+        deliver(model, device)
+    return model
 
 
 def count_weights(model, trained=False):

@@ -156,22 +156,23 @@ def summed(value, model):
 
 # ---------------------------------------------------------------- where the weights lie
 def home(device):
-    """Where a process holds a model before it is dealt out: the first in main memory, the others nowhere."""
+    """Where a process holds a new model before it is dealt out: the first in main memory, the others nowhere."""
     import torch
     return device if world() == 1 else torch.device("cpu" if rank() == 0 else "meta")
 
 
-def deliver(model, device, within=None):
-    """Bring all weights and buffers of `within` (default: the whole model) that are not sharded yet from the first process to every
-    one's device. Tied ones stay tied, as they are on the first."""
+def deliver(part, device):
+    """Bring all weights and buffers of a model, or a part of one, from the first process to everyone's device, but those that are
+    sharded or in 4 bits already. Tied ones stay tied, as they are on the first. One process: nothing happens."""
+    if world() == 1:
+        return
     import torch
     import torch.distributed as dist
-    within = within or model
 
     def tensors():
-        for name, module in within.named_modules():
+        for name, module in part.named_modules():
             for key, value in {**vars(module), **module._parameters, **module._buffers}.items():
-                if torch.is_tensor(value) and not hasattr(value, "full_tensor"):
+                if torch.is_tensor(value) and not hasattr(value, "full_tensor") and not hasattr(value, "quant_state"):
                     yield name, key, value
 
     def plan():        # [(places, shape, dtype, whether it is trained)]
@@ -180,12 +181,12 @@ def deliver(model, device, within=None):
             found.setdefault(id(value), [[], tuple(value.shape), value.dtype, value.requires_grad])[0].append((name, key))
         return list(found.values())
     for places, shape, dtype, trained in first(plan):
-        old = getattr(within.get_submodule(places[0][0]), places[0][1])
+        old = getattr(part.get_submodule(places[0][0]), places[0][1])
         new = old.detach().to(device) if rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
         dist.broadcast(new, 0)
         new = torch.nn.Parameter(new, requires_grad=trained) if isinstance(old, torch.nn.Parameter) else new
         for name, key in places:
-            setattr(within.get_submodule(name), key, new)
+            setattr(part.get_submodule(name), key, new)
 
 
 def inside_forward(function):
@@ -213,7 +214,7 @@ def shard(model, device):
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (world(),))
     for unit in [*layers_of(model), model]:
-        deliver(model, device, unit)
+        deliver(unit, device)
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)        # gloo has no other
