@@ -55,17 +55,19 @@ def processes(prog):
 
 
 def leave(code):
-    """Ends one of several processes at once: an orderly end of the interpreter aborts now and then, in threads of gloo's."""
+    """Ends one of several processes at once: an orderly end of the interpreter aborts now and then, in threads of gloo's. Bad input
+    is bad for all of them: the first, which has said so, leaves them a moment to find out."""
     if world() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(code == 2 and rank() == 0)
         os._exit(code)
 
 
 def lost(prog):
     if rank() < 2:      # one of these is still there to say it
-        print(f"{prog}: error: process {rank()} of {world()}: another process of this run has ended; the same command, with any number of "
-              "processes, continues from what was saved", file=sys.stderr)
+        print(f"{prog}: error: process {rank()} of {world()}: another process has failed; once its cause is mended the same command, with any "
+              "number of processes, continues from what was saved", file=sys.stderr)
     leave(1)
 
 
