@@ -50,6 +50,7 @@ CLEAN_START=${CLEAN_START:-0}     # 1: SFT and ILR start from the unreliable lab
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
 NPROC=${NPROC:-1}                 # processes of each model stage, one a GPU, started by torchrun; above 1, stages run one after the other
+LAUNCH=${LAUNCH:-}                # what starts them instead, words: srun torchrun ... for several machines (README), with NPROC above 1
 BASES=${BASES:-bases}             # where base models trained here are cached
 PYTHON=${PYTHON:-python}
 
@@ -105,7 +106,7 @@ JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BAT
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
   echo; echo "Variables and their present values:"
-  for name in OUT $VARIABLES JOBS NPROC STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
+  for name in OUT $VARIABLES JOBS NPROC LAUNCH STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
   exit
 fi
 check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anything is written
@@ -158,7 +159,7 @@ fi
 # other optimizers than the 8-bit ones: so a run folder is of one process or of several, however many. Answers are of 4-bit weights.
 MODEL=("$PYTHON") ADAPTING=$LOADING
 if [ "$NPROC" != 1 ]; then
-  MODEL+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+  if [ "$LAUNCH" ]; then MODEL=($LAUNCH); else MODEL+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC"); fi
   JOBS=1 ADAPTING="" PREFERRING=${PREFERRING/8bit/} PROCESSES=several VARIABLES+=" PROCESSES"
 fi
 if [ "$JUDGE" = trained ]; then ASKED=("${MODEL[@]}"); else ASKED=("$PYTHON"); fi

@@ -307,6 +307,13 @@ def test_memory_of_one_process_of_eight(monkeypatch, capsys):
         _memory.check_memory(model, [torch.optim.AdamW(model.parameters())], args, torch.device("cuda"), 0.5)
 
 
+def test_the_paper_estimates_in_the_readme():
+    done = subprocess.run([sys.executable, "benchmarks/processes.py", "--paper"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(table in readme for table in done.stdout.strip().split("\n\n"))
+
+
 if __name__ == "__main__":
     with _parallel.processes("test_parallel.py"):
         print(json.dumps(do(json.loads(Path(sys.argv[1]).read_text()))))
