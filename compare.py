@@ -24,7 +24,7 @@ from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, ma
 from tasks._judges import Endpoint, ask_person, average_orders, is_url, measure
 from tasks._memory import attempts, check_memory
 from tasks._models import agreements, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
-from tasks._parallel import deal, first, inside_forward, rank, shard, summed
+from tasks._parallel import deal, first, inside_forward, rank, shard, summed, world
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -138,7 +138,7 @@ def train(args):
             if r["id"] not in gold:
                 raise InputError(f"{path}: id {r['id']} is not in {args.gold}")
             r["gold_completion"] = gold[r["id"]]
-    splits = three_splits(make_pairs(task, samples, args.seed, args.wrong_per_problem), args.seed)
+    splits = three_splits(first(lambda: make_pairs(task, samples, args.seed, args.wrong_per_problem)), args.seed)
     if not all(splits):
         raise InputError(f"{args.gold}: {len(gold)} problems are too few for three splits of training pairs")
 
@@ -255,12 +255,12 @@ def make_comparisons(args, task):
 def score(args):
     task = get_task(args.task)
     refuse_existing(args.out)
-    rows = first(lambda: make_comparisons(args, task))
+    if world() > 1 and (args.judge in ("oracle", "human") or is_url(args.judge)):
+        raise InputError(f"--judge {args.judge} runs no model here: start it without torchrun")
+    rows = make_comparisons(args, task)
     asked = [i for i, row in enumerate(rows) if not row[3]]
     folder = partial_path(args.out, {**vars(args), "asked": asked}, [args.a, *(args.b or []), args.judge])
     results, more, cost = {}, {}, {}
-    if rank() and (args.judge in ("oracle", "human") or is_url(args.judge)):
-        return      # no model: the first process does it
     if args.judge == "oracle":
         warm(task, *([rows[i][side] for i in asked] for side in (1, 2)))
         for i in asked:

@@ -6,7 +6,8 @@
 
 The reference is the policy as it starts (or --reference). Its log-probabilities are computed once, before training, so
 there is never a second model in memory. Chosen and rejected share one packed forward pass. Metrics carry TRL's names.
-Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again, it continues and ends the same.
+Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again, it continues and ends the same. Under
+torchrun model and pairs are dealt out over all processes.
 
 Unlike the paper's release: a loop of its own instead of TRL's trainer, and pairs whose two judge prompts really differ.
 """

@@ -7,7 +7,7 @@
 Input records keep all their fields; `completion` is replaced (stop at EOS, or `truncated` where the token limit cut it
 off) and `source` set; with --num-samples above 1 there is one record per sample, numbered by `sample`. Batches are formed
 in one fixed order (longest prompt first) and appended as they finish: killed and started again, the same command
-continues at the first incomplete batch.
+continues at the first incomplete batch. Under torchrun each process answers its share of the batches, with the same bytes at the end.
 
 Unlike the paper's release: beams are asked for by name, never implied by a temperature of 0, and the noise of a sample
 comes from (seed, id, sample), so that, up to rounding of logits, an answer does not depend on its neighbours.

@@ -236,7 +236,8 @@ def embed(embedder, texts, device):
     import torch
     if is_url(embedder):
         model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
-        return {text: torch.tensor(vector) for text, vector in Endpoint(embedder, model, "ILR_EMBEDDER").embeddings(texts).items()}
+        return {text: torch.tensor(vector) for text, vector in first(
+            lambda: Endpoint(embedder, model, "ILR_EMBEDDER").embeddings(texts)).items()}
     from tqdm import tqdm
     from transformers import AutoTokenizer
     tokenizer, found = open_pretrained(AutoTokenizer, embedder), {}
@@ -259,13 +260,15 @@ def embed(embedder, texts, device):
 def agreements(args, task, pairs):
     """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
     equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
-    if hasattr(task, "agree"):
+    def by_rule():
         warm(task, *zip(*pairs))
         return [task.agree(a, b) for a, b in pairs]
+    if hasattr(task, "agree"):
+        return first(by_rule)
     if not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
     import torch
     vectors = embed(args.embedder, sorted({r["completion"] for pair in pairs for r in pair}), args.device)
     alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
     median = statistics.median(alike)
-    return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
+    return first(lambda: [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)])

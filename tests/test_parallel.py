@@ -80,8 +80,7 @@ def answers(top, data, out):
         ("sampled.jsonl", "generate", ["--model", top / "other", *asked, "--temperature", 0.7, "--num-samples", 2]),
         ("beams.jsonl", "generate", ["--model", data / "untied", *asked, "--num-beams", 2]),
         ("four.jsonl", "generate", ["--model", top / "other", *asked, "--load-in-4bit"]),
-        ("scores.jsonl", "compare", ["score", "--judge", data / "alone/judge", *comparing]),
-        ("oracle.jsonl", "compare", ["score", "--judge", "oracle", *comparing])]}
+        ("scores.jsonl", "compare", ["score", "--judge", data / "alone/judge", *comparing])]}
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +109,14 @@ def done(tiny, tokenizer, problems, tmp_path_factory):
         if count == 2:      # and what several processes refuse, each in one line
             for stage, more in (("sft", ["--optimizer", "adamw8bit"]), ("sft", ["--load-in-4bit", "--lora-rank", "4"]), ("dpo", ["--optimizer", "rmsprop8bit"])):
                 jobs.append((stage, ["--model", tiny / "model", "--data", data / ("pairs.jsonl" if stage == "dpo" else "short.jsonl"), *more, "--out", out / "refused"], None))
+            jobs.append(("compare", ["score", "--judge", "oracle", "--task", "arithmetic", "--a", data / "gold.jsonl", "--b", data / "wrong.jsonl", "--out", out / "o"], None))
         ends, said[count] = do_with(count, jobs, data)
         usual = len(trainings(tiny, data, out)) + len(answers(tiny, data, out))
         assert ends[:usual] == ["done"] * usual and ends[usual:usual + 3] == ["cut" if count == 2 else "done"] * 3
         if count == 2:
             refused = ends[usual + 3:]
             assert "8-bit optimizers" in refused[0] and "--load-in-4bit trains in one process" in refused[1] and "8-bit" in refused[2]
+            assert refused[3] == "--judge oracle runs no model here: start it without torchrun"
     return data, said
 
 
@@ -180,7 +181,7 @@ def test_training_moved_the_weights_far_more_than_the_tolerance(done):
 def test_files_of_answers_are_the_same_bytes(done, tiny, count):
     data, _ = done
     for name in answers(tiny, data, data):
-        for more in ("", ".price" if "score" not in name and "oracle" not in name else ".summary"):
+        for more in ("", ".summary" if name == "scores.jsonl" else ".price"):
             assert (data / str(count) / (name + more)).read_bytes() == (data / "alone" / (name + more)).read_bytes(), name
         assert not [p for p in (data / str(count)).iterdir() if p.name.startswith(".") and name in p.name]      # nothing is left behind
 
@@ -267,6 +268,18 @@ def test_run_ilr_shows_the_line_of_the_stage_that_failed(tmp_path):
     shown = [line for line in done.stderr.splitlines() if "another process" not in line]
     assert len(shown) == 2 and shown[0].startswith(f"sft.py: error: {tmp_path}/nowhere: not a model")
     assert shown[1] == "run_ilr.sh: error: stage seed_0/weak/train failed (exit 2)"
+
+
+def test_another_optimizer_does_not_continue(done, tiny, tmp_path):
+    """--optimizer auto is another one with another number of processes on a GPU."""
+    import torch
+    data, _ = done
+    job = ("sft", ["--model", tiny / "model", "--data", data / "short.jsonl", "--batch-size", 6, *TRAIN, "--out", tmp_path / "m"])
+    assert do([(*job, ("Training", "log", 2))]) == ["cut"]
+    state, = tmp_path.glob(".m.*/state.pt")
+    torch.save({**torch.load(state), "kinds": ["AdamW8bit"]}, state)
+    end, = do([(*job, None)])
+    assert end.startswith(str(state.parent)) and "begun with AdamW8bit" in end
 
 
 def test_shares_are_even_and_complete(monkeypatch):
