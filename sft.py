@@ -183,7 +183,8 @@ class Training:
             model.load_state_dict({name: placed(value, weights[name]) for name, value in self.state.pop("model").items()}, strict=False)
             for optimizer, saved in zip(optimizers, self.state.pop("optimizers")):
                 for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-                    saved["state"][i] = {key: placed(value, p) for key, value in saved["state"][i].items()}
+                    if i in saved["state"]:
+                        saved["state"][i] = {key: placed(value, p) for key, value in saved["state"][i].items()}
                 optimizer.load_state_dict(saved)
             torch.set_rng_state(self.state.pop("rng"))
             kept = (folder / "metrics.jsonl").read_text().splitlines()[:self.state["rows"]]

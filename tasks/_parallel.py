@@ -8,6 +8,7 @@ on each device and deal out the batches. Only the first process writes files and
 import contextlib
 import datetime
 import functools
+import gc
 import os
 import signal
 import sys
@@ -212,6 +213,7 @@ def shard(model, device):
     added up, not averaged: the loss is divided by the whole batch's weight already. One process: nothing happens."""
     if world() == 1:
         return
+    gc.collect()        # a sharded model before this one refers to itself
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = init_device_mesh(device.type, (world(),))
@@ -238,7 +240,7 @@ def gathered(values, seen=None):
     if isinstance(values, dict):
         return {key: gathered(value, seen) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
-        return [gathered(value, seen) for value in values]
+        return type(values)(gathered(value, seen) for value in values)
     if not hasattr(values, "full_tensor"):
         return values
     if id(values) not in seen:
