@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tasks import (TASKS, InputError, _figures, get_task, make_parser, read_json, read_jsonl, refuse_existing, run_stage, share, warm,
                    write_json, write_jsonl, write_text)
-from tasks._methods import METHODS, PRICES, labels_of, methods_of, number, points_of, prices, within
-from tasks._statistics import bootstrap, mean_interval, over_seeds, seed_means, wilson
+from tasks._methods import FINDINGS, METHODS, PRICES, labels_of, methods_of, number, points_of, prices, within
+from tasks._statistics import over_seeds, paired, reliability, seed_means, widest, wilson
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")      # settings that add work and change none
 REPORTING = ("evaluate.py", "_figures.py", "_methods.py", "_statistics.py")  # sources that only read what a run made
@@ -118,29 +118,9 @@ def collect(run):
 
 
 # ---------------------------------------------------------------- report: claims
-def paired(answers, a, b):
-    """Points a - b in percentage points, over the seeds that have both and problem by problem, retrains averaged first:
-    {mean, per_seed, bootstrap, student (None for one seed), established}; None where no seed has both."""
-    import numpy as np
-    differences = []
-    for seed in [s for s in answers.get(a, {}) if s in answers.get(b, {})]:
-        retrains = answers[a][seed], answers[b][seed]
-        ids = list(retrains[0][0])
-        if any(c.keys() != set(ids) for side in retrains for c in side):
-            raise InputError(f"seed {seed}: the graded answers of {a} and {b} are not of the same problems")
-        x, y = (np.mean([[c[i] for i in ids] for c in side], axis=0) for side in retrains)
-        differences.append(100 * (x - y))
-    if not differences:
-        return None
-    per_seed = [float(d.mean()) for d in differences]
-    mean, half = mean_interval(per_seed)
-    intervals = bootstrap(differences), None if half is None else (mean - half, mean + half)
-    return {"mean": mean, "per_seed": per_seed, "bootstrap": intervals[0], "student": intervals[1],
-            "established": all(i[0] > 0 or i[1] < 0 for i in intervals if i)}
-
-
 def claims(data):
-    """The comparisons of the report, `paired` and named: last rounds against SFT, ILR's against the others' and DPO's best."""
+    """The comparisons of the report, `paired` and named: last rounds against SFT, ILR's against the others' and DPO's best, DPO's
+    against DPO that reads its judge otherwise."""
     last = {m: list(points_of(data, m).items())[-1] for m in methods_of(data)}
     names = {m: f"{METHODS[m][0]} (round {k})" for m, (k, _) in last.items()}
     wanted = [(names[m], last[m][1], "SFT", "sft") for m in last]
@@ -150,6 +130,8 @@ def claims(data):
         best = max((k for k in points_of(data, "dpo") if k), key=lambda k: (over_seeds(data["tests"][f"dpo_{k}"])[0], k))
         if best != last["dpo"][0]:
             wanted.append((names["ilr"], last["ilr"][1], f"DPO (round {best}, its best on these problems, a choice in DPO's favor)", f"dpo_{best}"))
+    if "dpo" in last:
+        wanted += [(names["dpo"], last["dpo"][1], names[m], last[m][1]) for m in ("dpo-release", "dpo-coin") if m in last]
     return [{"a": a, "b": b, **found} for a, point, b, other in wanted if (found := paired(data["answers"], point, other))]
 
 
@@ -163,6 +145,20 @@ def sentence(claim):
                           for key, name in (("bootstrap", "bootstrap"), ("student", "Student's t")) if claim[key])
     seeds = f"; by seed {', '.join(f'{sign * d:+.1f}' for d in claim['per_seed'])}" if len(claim["per_seed"]) > 1 else ""
     return f"- {what} ({intervals}{seeds})."
+
+
+def findings(data):
+    """[(what a finding says, its difference here, a verdict)] of those that the run can speak about: last rounds, the same
+    intervals as the claims'."""
+    last = {"sft": "sft", "weak": "weak", **{m: list(points_of(data, m).values())[-1] for m in methods_of(data)}}
+    rows = []
+    for what, a, b, better in FINDINGS:
+        if found := a in last and b in last and paired(data["answers"], last[a], last[b]):
+            low, high = widest(found)
+            rows.append((what, f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})",
+                         "not established" if better and not found["established"] else
+                         "holds" if better == (found["established"] and found["mean"] > 0) else "does not hold"))
+    return rows
 
 
 # ---------------------------------------------------------------- report: the page
@@ -213,7 +209,7 @@ def caveats(data):
     dialed = [what.format(float(settings[key])) for key, what in (
         ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
         ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
-        ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"))
+        ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"), ("LABEL_NOISE", "{:.0%} of the demonstrations are made wrong, the others references"))
         if float(settings.get(key) or 0) > 0 and (key != "JUDGE_ACCURACY" or settings.get("JUDGE", "trained") == "trained")]
     said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
             f"{n} seeds, each with data, a weak model and a judge of its own."
@@ -255,6 +251,12 @@ def write_report(data, said, price, drawn):
                        "differences, covers whatever differs from seed to seed, taken for normal. " if n > 1 else
                        "problems are drawn again; it covers which problems there were, and neither other seeds nor other trainings. ")
                     + f'"A beats B" is said where every interval excludes 0; none is corrected for their number ({len(said)}).\n')
+    if "gains.png" in drawn:
+        text.append("![gain over SFT, by method](gains.png)\n")
+    if found := findings(data):
+        text += ["## What the paper finds, here\n", table(["finding", "points, last rounds", "here"], found),
+                 "In parentheses, the wider ends of the two intervals. That something does not help holds where no gain is established; how large one "
+                 "may be all the same is the interval's upper end.\n"]
     text += [f"## {metric.capitalize()} by round\n", rounds,
              ("± is Student's 95% interval over the seeds" if n > 1 else "Brackets: Wilson's 95% interval over problems, not seeds or trainings")
              + "; SFT, on the unreliable labels, is round 0 of every method.\n",
@@ -303,20 +305,7 @@ def write_report(data, said, price, drawn):
 
 
 # ---------------------------------------------------------------- report: figures
-def reliability(data, points):
-    """[(mean prob_b, share of pairs whose B is better, half widths of its Wilson interval below and above)] of the ten bins of all
-    seeds and rounds together, of those that hold ten pairs or more."""
-    found = []
-    for same in zip(*(c["calibration"] for p in points for c in data["comparisons"].get(p, {}).values() if c.get("calibration"))):
-        n = sum(count for _, _, count in same)
-        if n >= 10:
-            x, y = (sum(b[k] * b[2] for b in same if b[2]) / n for k in (0, 1))
-            low, high = wilson(y, n)
-            found.append((x, y, y - low, high - y))
-    return found
-
-
-def draw(data, price):
+def draw(data, price, said):
     """Draw what there is data for; the names of the figures."""
     run, tests, methods, n = data["run"], data["tests"], methods_of(data), len(data["seeds"])
     what = f"{data['settings'].get('EVAL', 'test')} {data['metric']}"
@@ -334,6 +323,8 @@ def draw(data, price):
         beside = [(name, over_seeds(tests[p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in tests]
         save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds})", f"{what} (%)",
              [(METHODS[m][0], m, summed({k: tests[p] for k, p in points_of(data, m).items()})) for m in methods], beside)
+    if len(gains := [(c["a"], c["mean"], *widest(c), c["per_seed"]) for c in said if c["b"] == "SFT"]) > 2:
+        save(_figures.gains, "gains.png", f"Gain over SFT ({n} seeds: mean, 95% interval)" if n > 1 else f"Gain over SFT ({seeds}: 95% interval)", f"points of {what}", gains)
     if series := labels_of(data):
         save(_figures.by_round, "label_accuracy.png", f"Correct training labels per round ({seeds})", "label accuracy (%)",
              [(f"{METHODS[m][0]}'s labels", m, summed(r)) for m, r in series.items()], [])
@@ -345,7 +336,8 @@ def draw(data, price):
         panels += [(label, lines)] if any(x for *_, line in lines for x, _ in line) else []
     if panels:
         save(_figures.price, "price.png", f"{what.capitalize()} against price (means, rounds in order)", f"{what} (%)", panels)
-    calibration = [(METHODS[m][0], m, found) for m in ("ilr", "dpo") if (found := reliability(data, points[m].values()))]
+    calibration = [(METHODS[m][0], m, found) for m in ("ilr", "dpo") if (found := reliability(
+        c["calibration"] for p in points[m].values() for c in data["comparisons"].get(p, {}).values() if c.get("calibration")))]
     lines = [(f"{METHODS[m][0]}: {what}", m, key == "accuracy", found) for m in ("ilr", "dpo") for kind, key, what in (
         ("comparisons", "accuracy", "judge's accuracy"), ("refinements", "precision", "replacement" if m == "ilr" else "pairs kept"))
         if (found := {k: float(v) for k, p in points[m].items() if (v := average(data[kind].get(p, {}), key))})]
@@ -360,7 +352,7 @@ def report(args):
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: has a run finished a stage there?")
     price, said = prices(data), claims(data)
-    drawn = draw(data, price)
+    drawn = draw(data, price, said)
     print(write_report(data, said, price, drawn))
     write_json(run / "report.json", {      # seconds are in times.jsonl: a run that is made again writes the same bytes here
         **{k: data[k] for k in ("seeds", "n_test", "tests", "labels", "judges", "comparisons", "refinements")}, "claims": said,

@@ -9,6 +9,8 @@ ilr     of the n disagreements accept the k = (n-1) - floor((1-alpha)(n-1)) prop
 oracle  accept every proposal with prob_b > 0.5 (comparisons by `compare.py score --judge oracle`); no cap
 naive   replace a random share alpha of all labels, no judge
 clean   drop the labels that are wrong by their references (the paper's clean start; no comparisons)
+noise   demonstrations of which a given share (--share) is wrong, in place of the weak model's: references (--proposals), and for the rest
+        another one's completion (symmetric) or the wrong answer that the weak model gave in --labels (systematic)
 pairs   keep the share alpha of all pairs with the largest |prob_b - 0.5|; ties in an order drawn from the seed
 
 Baselines on the same comparisons, from the files that ILR and DPO leave:
@@ -21,7 +23,8 @@ chosen  what `pairs` would keep, as labels: the chosen completions
 spin    pairs label over own sample (--proposals samples.jsonl; arXiv 2401.01335)
 vote    the answer that most of several samples (--proposals) of each problem of --labels agree on; ties: the first sampled
 
-But for clean and the baselines, the labels file keeps one row per problem, always. References are read for the summary line only.
+But for clean and the baselines, the labels file keeps one row per problem, always. References are read for the summary line only,
+and by clean and noise.
 Unlike the paper's release: acceptance is by rank, so that ties do not turn everything down, and the summary reports the
 replaced share of the disagreements and of all labels.
 """
@@ -158,6 +161,25 @@ def vote(task, labels, samples):
     return [{**r, "completion": best[r["id"]][0]["completion"], "source": "vote", "votes": len(best[r["id"]])} for r in labels]
 
 
+def noisy(task, labels, gold, wrong_share, kind, seed):
+    """Demonstrations with a given error: the references {id: completion} of `labels`, but for round(wrong_share n) of them, drawn from
+    the seed. Those get each other's (symmetric label noise: any other label), or keep the wrong answer that the weak model gave them
+    (systematic: like problems err alike). Raises InputError where the weak model made fewer errors than that, or two are too few to swap."""
+    order, k = [r["id"] for r in labels], round(wrong_share * len(labels))
+    random.Random(dumps([seed, "noise"])).shuffle(order)
+    new = {r["id"]: {**r, "completion": gold[r["id"]], "source": "gold"} for r in labels}
+    if kind == "systematic":
+        warm(task, labels)
+        wrong = {r["id"]: r for r in labels if task.grade(r) <= 0.5}
+        if len(wrong) < k:
+            raise InputError(f"{len(wrong)} of {len(labels)} labels are wrong, fewer than {wrong_share:.1%}: no systematic noise of that share")
+        new.update({i: wrong[i] for i in [i for i in order if i in wrong][:k]})
+    elif k:
+        for i, other in zip(order[:k], order[1:k] + order[:1]):
+            new[i] = {**new[i], "completion": gold[other], "source": "noise"}
+    return list(new.values())
+
+
 def measure(task, before, after, proposed):
     """What a refinement did: how many labels were replaced and, where references exist, what that was worth.
 
@@ -251,6 +273,12 @@ def main(args):
             raise InputError(f"{args.labels}: none of its {len(labels)} labels is right")
         write_jsonl(args.out, right)
         return print(f"{args.out}: the {len(right)} of {len(labels)} labels that are right")
+    if args.method == "noise":
+        gold = {r["id"]: r["completion"] for path in need(args, "proposals") for r in read_jsonl(path, ("id", "completion"))}
+        if missing := [r["id"] for r in labels if r["id"] not in gold]:
+            raise InputError(f"{' '.join(args.proposals)}: id {missing[0]} of {args.labels} is missing")
+        write_jsonl(args.out, noisy(task, labels, gold, args.share, args.kind, args.seed))
+        return print(f"{args.out}: {len(labels)} labels, {args.share:.1%} of them with {args.kind} noise")
     if args.method == "naive":
         proposals = {r["id"]: (r["completion"], None) for path in need(args, "proposals") for r in read_jsonl(path, ("id", "completion"))}
         ids = sorted((r["id"] for r in labels), key=dumps)
@@ -288,18 +316,20 @@ def need(args, name):
 
 def parser():
     p = make_parser(__doc__, prog="refine.py")
-    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "clean", "pairs", "filter", "rft", "steer", "chosen",
+    p.add_argument("--method", default="ilr", choices=["ilr", "oracle", "naive", "clean", "noise", "pairs", "filter", "rft", "steer", "chosen",
                                                              "spin", "vote"], help="see above")
     p.add_argument("--labels", help="present labels, one per problem")
     p.add_argument("--comparisons", nargs="+", help="what `compare.py score` wrote (steer: of several rounds)")
-    p.add_argument("--proposals", nargs="+", help="proposed completions (naive), samples (spin, vote), ILR's labels of every round (rft)")
+    p.add_argument("--proposals", nargs="+", help="proposed completions (naive), references (noise), samples (spin, vote), ILR's labels of every round (rft)")
     p.add_argument("--task", required=True, help="whose grade the summary uses")
     p.add_argument("--out", required=True, help="file to write")
     p.add_argument("--max-replace", type=share, default=0.15, help="alpha, a share")
     p.add_argument("--reading", default="both", choices=["both", "same", "coin"], help="pairs: the judge's two orders averaged; as the release "
                    "reads them, both in one order; a coin")
+    p.add_argument("--share", type=share, default=0, help="noise: how many of the labels are wrong")
+    p.add_argument("--kind", default="symmetric", choices=["symmetric", "systematic"], help="noise: wrong by chance, or as the weak model errs")
     p.add_argument("--round", type=whole, default=1, help="written into the labels that are replaced")
-    p.add_argument("--seed", type=whole, default=0, help="of the random choices of naive and pairs")
+    p.add_argument("--seed", type=whole, default=0, help="of the random choices of naive, noise and pairs")
     return p
 
 

@@ -40,7 +40,8 @@ DPO_NLL=${DPO_NLL:-0}             # weight of the chosen answers' likelihood in 
 JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
 JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of its answers that are turned round,
-FLIP_KIND=${FLIP_KIND:-symmetric} # each by chance (symmetric), or all that are about the same problems (systematic)
+LABEL_NOISE=${LABEL_NOISE:-}      # demonstrations are references, this share of them wrong; empty: the weak model's
+FLIP_KIND=${FLIP_KIND:-symmetric} # both by chance (symmetric), or all answers about the same problems, and labels as the weak model errs (systematic)
 SECONDS_PER_PAIR=${SECONDS_PER_PAIR:-60}   # what a person has for each answer
 case $PRESET in bird|gsm8k-70b) LORA_RANK=${LORA_RANK:-64} LOAD_IN_4BIT=${LOAD_IN_4BIT:-1} ;; esac    # 70B on one GPU
 LORA_RANK=${LORA_RANK:-0}         # of SFT and DPO; 0 trains every weight
@@ -65,6 +66,7 @@ case $TASK in
     JUDGE_LR=${JUDGE_LR:-3e-3} JUDGE_EPOCHS=${JUDGE_EPOCHS:-6} JUDGE_BATCH=${JUDGE_BATCH:-16} JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
     JUDGE_WRONG=${JUDGE_WRONG:-4} JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}   # its training stops at this accuracy; 0: as good as it gets
     DPO_LR=${DPO_LR:-1e-5} DPO_EPOCHS=${DPO_EPOCHS:-2} DPO_BATCH=${DPO_BATCH:-32} DPO_SAMPLES=${DPO_SAMPLES:-6}
+    CHOSEN_LR=${CHOSEN_LR:-3e-4}                # SFT on what the judge chose goes on from a finished SFT, at less than a tenth of its rate
     PACKING="--row-tokens 128 --micro-tokens 2048"
     PRETRAINING="--optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 --prompt-weight 0.1 $PACKING"
     DPO_TEMPERATURE=${DPO_TEMPERATURE:-0.7} STATE_EVERY=${STATE_EVERY:-10}    # seconds between a training's resumable states
@@ -85,6 +87,7 @@ case $TASK in
     esac
     case $PRESET in *-70b) WEAK_LORA_LR=1e-4 WEAK_MODEL=${WEAK_MODEL:-mistralai/Mistral-7B-v0.1} STRONG_MODEL=${STRONG_MODEL:-meta-llama/Meta-Llama-3-70B} ;; esac
     if [ "$LORA_RANK" = 0 ]; then WEAK_LR=${WEAK_LR:-2e-5} SFT_LR=${SFT_LR:-1e-5}; else WEAK_LR=${WEAK_LR:-$WEAK_LORA_LR} SFT_LR=${SFT_LR:-1e-4}; fi
+    CHOSEN_LR=${CHOSEN_LR:-$SFT_LR}
     STRONG_MODEL=${STRONG_MODEL:-mistralai/Mistral-7B-v0.1}
     WEAK_MODEL=${WEAK_MODEL:-google/gemma-2b} WEAK_EPOCHS=${WEAK_EPOCHS:-$EPOCHS} WEAK_BATCH=${WEAK_BATCH:-32}
     CHECKPOINTS=${CHECKPOINTS:-10 20 30 40 50 60 70 80 90} WEAK_ACCURACY=${WEAK_ACCURACY:-0}
@@ -99,9 +102,9 @@ case $TASK in
     DECODING=${DECODING:---max-new-tokens $TOKENS --batch-size 256} SCORING="--row-tokens 2048 --micro-tokens 16384" ;;
   *) echo "run_ilr.sh: error: unknown task $TASK; choose from: arithmetic gsm8k bird saferpaca gsm8k-70b" >&2; exit 2 ;;
 esac
-VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
+VARIABLES="TASK SEEDS METHODS ROUNDS RETRAINS EVAL ALPHA DPO_ALPHA BETA DPO_LOSS DPO_NLL LORA_RANK LOAD_IN_4BIT CHAT_TEMPLATE JUDGE JUDGE_MODEL JUDGE_FLIPS LABEL_NOISE FLIP_KIND SECONDS_PER_PAIR CLEAN_START THREADS TRAIN GT TEST $OWN
 WEAK_MODEL STRONG_MODEL WEAK_LR WEAK_EPOCHS WEAK_BATCH CHECKPOINTS WEAK_ACCURACY SFT_LR SFT_EPOCHS SFT_BATCH JUDGE_LR JUDGE_EPOCHS
-JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
+JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY CHOSEN_LR DPO_LR DPO_EPOCHS DPO_BATCH DPO_SAMPLES DPO_TEMPERATURE"
 
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
@@ -122,7 +125,7 @@ check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
 check '[0-9]*\.?[0-9]*[1-9][0-9]*(e-?[0-9]+)?' 'a number above 0' BETA
-check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' DPO_NLL WEAK_LR SFT_LR JUDGE_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
+check '[0-9]*\.?[0-9]+(e-?[0-9]+)?' 'a number' DPO_NLL WEAK_LR SFT_LR JUDGE_LR CHOSEN_LR DPO_LR STATE_EVERY DPO_TEMPERATURE
 check '[0-9]*\.?[0-9]*[1-9][0-9]*' 'seconds' SECONDS_PER_PAIR
 url='https?://[^/@?#[:space:]]+(/[^@?#[:space:]]*)?'
 check "(trained|oracle|human|$url)" 'trained, oracle, human or a URL without a user or a key in it' JUDGE
@@ -137,6 +140,7 @@ if [ "$TASK" = saferpaca ]; then
   check "($url)?" 'a URL without a user or a key in it' ILR_JUDGE_URL
   case $EMBEDDER in http*) check "$url" 'a URL without a user or a key in it' EMBEDDER ;; esac
   check '0' '0 (its grades cost money)' WEAK_ACCURACY
+  [ -z "$LABEL_NOISE" ] || check symmetric 'symmetric with LABEL_NOISE (its grades cost money)' FLIP_KIND
   case " $METHODS " in *" ensemble "*) echo "run_ilr.sh: error: METHODS: ensemble votes, and saferpaca has no rule for when two answers agree" >&2; exit 2 ;; esac
 fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
@@ -146,6 +150,8 @@ for method in $METHODS; do       # whose files a baseline reads
   case $method in dpo-labels|filter|rft|steer|ensemble) source=ilr ;; sft-chosen) source=dpo ;; *) source=$method ;; esac
   [[ " $METHODS " = *" $source "* ]] || { echo "run_ilr.sh: error: METHODS: $method needs $source beside it" >&2; exit 2; }
 done
+[ -z "$LABEL_NOISE" ] || { check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1, or nothing' LABEL_NOISE
+  [ "$CLEAN_START" = 0 ] || { echo "run_ilr.sh: error: CLEAN_START=1 drops what LABEL_NOISE makes" >&2; exit 2; }; }
 check '(symmetric|systematic)' 'symmetric or systematic' FLIP_KIND
 check '[01]' '0 or 1' CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE
 check '(0|[1-9][0-9]*)' 'a whole number' LORA_RANK GT
@@ -323,7 +329,11 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
   stage "$at/weak/label" "$run/weak/labels.jsonl" "${MODEL[@]}" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
     --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $DECODING $LABELING
   grade_labels "$at/weak" "$run/weak"
-  if [ "$CLEAN_START" = 1 ]; then
+  if [ "$LABEL_NOISE" ]; then
+    stage "$at/noise" "$start" "$PYTHON" refine.py --method noise --labels "$run/weak/labels.jsonl" --proposals "$data/unlab.jsonl" --task "$TASK" \
+      --share "$LABEL_NOISE" --kind "$FLIP_KIND" --seed "$seed" --out "$start"
+    grade_labels "$at/noise" "$run/noise"
+  elif [ "$CLEAN_START" = 1 ]; then
     stage "$at/clean" "$start" "$PYTHON" refine.py --method clean --labels "$run/weak/labels.jsonl" --task "$TASK" --out "$start"
     grade_labels "$at/clean" "$run/clean"
   fi
@@ -441,7 +451,7 @@ policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains 
     preferences
     for ((r = 1; r <= RETRAINS; r++)); do
       if [ $method = sft-chosen ]; then
-        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$SFT_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
+        train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$CHOSEN_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
       else
         stage "$name/train" "$dir/model_$r" "${MODEL[@]}" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
           "${loss[@]}" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
@@ -477,7 +487,9 @@ pipeline() {
       *) loss+=(--loss "$DPO_LOSS") ;;
     esac
     [ "$DPO_NLL" = 0 ] || loss+=(--nll-weight "$DPO_NLL")
-    if [ "$CLEAN_START" = 1 ]; then start=$run/clean/labels.jsonl; else start=$run/weak/labels.jsonl; fi
+    start=$run/weak/labels.jsonl
+    [ "$CLEAN_START" = 0 ] || start=$run/clean/labels.jsonl
+    [ -z "$LABEL_NOISE" ] || start=$run/noise/labels.jsonl
     stage "$at/data" "$data/test.jsonl" "$PYTHON" "tasks/$TASK.py" --out "$data" --train "$TRAIN" --gt "$GT" --test "$TEST" \
       --seed "$seed" "${PREPARE[@]}"
     steps=(strong_base weak_side start_models)

@@ -11,12 +11,12 @@ STYLES = {"ilr": ("#12427e", "o", "-"), "dpo": ("#d9722e", "s", "--"), "naive": 
           "dpo-release": ("#7a4a1e", "p", (0, (3, 2, 1, 2))), "dpo-coin": ("#b5b56a", "h", (0, (1, 4)))}
 
 
-def canvas(panels, title, width=6.4):
+def canvas(panels, title, width=6.4, height=4.6):
     """(figure, axes) with a title; matplotlib is loaded where something is drawn."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, panels, squeeze=False, layout="constrained", figsize=(width if panels == 1 else 10.5, 4.6))
+    figure, axes = plt.subplots(1, panels, squeeze=False, layout="constrained", figsize=(width if panels == 1 else 10.5, height))
     figure.suptitle(title, fontsize=12)
     for a in axes[0]:
         a.grid(axis="y", alpha=0.3)
@@ -26,8 +26,9 @@ def canvas(panels, title, width=6.4):
 def save(figure, path, handles):
     """handles: {name: what is drawn for it}, the legend below the panels."""
     import matplotlib.pyplot as plt
-    columns = int(figure.get_figwidth() / (0.7 + 0.065 * max(map(len, handles))))       # inches of a line sample and of 9 pt letters
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.4)
+    if handles:
+        columns = int(figure.get_figwidth() / (0.7 + 0.065 * max(map(len, handles))))       # inches of a line sample and of 9 pt letters
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.4)
     figure.savefig(path.with_suffix(".writing.png"), dpi=150, metadata={"Software": None})
     plt.close(figure)
     path.with_suffix(".writing.png").replace(path)
@@ -36,7 +37,7 @@ def save(figure, path, handles):
 def by_round(path, title, ylabel, series, lines):
     """series: (name, method, {round: (mean, half width or None, values of the seeds)}), whose round 0 is one and the same; lines:
     horizontal, (name, value)."""
-    figure, (axes,) = canvas(1, title, 6.4 if len(series) < 5 else 8)
+    figure, (axes,) = canvas(1, title, *((6.4, 4.6) if len(series) < 5 else (8, 6)))
     handles = {}
     for k, (name, method, rounds) in enumerate(series):
         color, marker, dash = STYLES[method]
@@ -48,13 +49,33 @@ def by_round(path, title, ylabel, series, lines):
         halves = [half or 0 if x or not k else 0 for x, (_, half, _) in rounds.items()]
         handles[name] = axes.errorbar(at.values(), [mean for mean, _, _ in rounds.values()], halves, color=color, marker=marker, ls=dash, lw=1.6,
                                       elinewidth=1, capsize=2 if any(halves) else 0, zorder=3 - 0.1 * k)
+    low, high = axes.get_ylim()
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
-        handles[name] = axes.axhline(value, color=shade, ls=dash, lw=1.2)
+        if len(series) < 5 or low < value < high:       # of many lines, room to tell them apart is worth more
+            handles[name] = axes.axhline(value, color=shade, ls=dash, lw=1.2)
+        else:
+            handles[f"{name.partition(' (')[0]} {value:.1f}"] = axes.plot([], [], color=shade, ls=dash, lw=1.2)[0]
     axes.set_xticks(range(1 + max(x for _, _, rounds in series for x in rounds)))
     axes.set(xlabel="round (0: before any refinement)", ylabel=ylabel)
     low, high = axes.get_ylim()
     axes.set_ylim(max(-2, min(low, high - 10)), min(102, max(high, low + 10)))      # never finer than a point can be
     save(figure, path, handles)
+
+
+def gains(path, title, xlabel, rows):
+    """rows: (name, mean, low, high, values of the seeds), one below the other, the largest mean on top."""
+    figure, (axes,) = canvas(1, title, 7)
+    rows = sorted(rows, key=lambda row: row[1])
+    for y, (_, mean, low, high, seeds) in enumerate(rows):
+        axes.errorbar([mean], [y], xerr=[[mean - low], [high - mean]], color="0.1", marker="o", capsize=3, lw=1.4)
+        if len(seeds) > 1:
+            axes.plot(seeds, [y - 0.25] * len(seeds), "|", color="0.45", ms=5)
+    axes.axvline(0, color="0.35", ls=":", lw=1.2)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in rows])
+    axes.grid(axis="x", alpha=0.3)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel=xlabel + (" (strokes: the seeds)" if len(rows[0][4]) > 1 else ""))
+    save(figure, path, {})
 
 
 def price(path, title, ylabel, panels):

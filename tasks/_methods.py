@@ -20,6 +20,14 @@ METHODS = {
     "spin": ("SPIN", "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)"),
     "dpo-release": ("DPO-release", "DPO that reads the judge as the paper's release does, both of its prompts in one order"),
     "dpo-coin": ("DPO-coin", "DPO that tosses a coin in place of the judge")}
+# What to look for: (finding, the point that is compared with the other, whether it is to be better or no better). The first four are the
+# abstract's of arXiv 2501.07886; the rest is what its method stands on.
+FINDINGS = [("SFT on unreliable labels keeps some of its effect: better than the weak model that wrote them", "sft", "weak", True),
+            ("DPO fails to improve on SFT", "dpo", "sft", False),
+            ("ILR improves on SFT", "ilr", "sft", True),
+            ("ILR improves on DPO", "ilr", "dpo", True),
+            ("the comparisons matter: ILR improves on replacing labels at random", "ilr", "naive", True),
+            ("what replaces a label matters: ILR improves on dropping it", "ilr", "filter", True)]
 CHAINS = ("dpo", "dpo-labels", "sft-chosen", "spin", "dpo-release", "dpo-coin")       # each round trains the policy of the one before
 SOURCES = ("naive", "dpo", "spin", "dpo-release", "dpo-coin")      # make proposals or samples of their own; ILR makes the others', or DPO
 PRICES = {"asked": "comparisons asked", "generated": "generated tokens", "trained": "trained tokens", "read": "read tokens",
@@ -41,7 +49,7 @@ def methods_of(data):
 
 def labels_of(data):
     """{method: {round: {seed: [share correct]}}} of the methods that refine labels; round 0 is what SFT trains on."""
-    start = data["labels"].get("clean") or data["labels"].get("weak", {})
+    start = next((data["labels"][p] for p in ("noise", "clean", "weak") if p in data["labels"]), {})
     refined = {m: {k: data["labels"][p] for k, p in points_of(data, m).items() if p in data["labels"]} for m in METHODS}
     return {m: {0: start, **rounds} for m, rounds in refined.items() if rounds or m == "ilr"} if start else {}
 

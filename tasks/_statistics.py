@@ -1,6 +1,8 @@
 """The intervals of evaluate.py's report: one sample, means over seeds, paired differences. Each names its source."""
 import math
 
+from tasks import InputError
+
 # 97.5% quantiles of Student's t for 1, 2, ... degrees of freedom (standard table); beyond 30 the normal's 1.96.
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
         2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
@@ -51,3 +53,43 @@ def seed_means(by_seed):
 def over_seeds(by_seed):
     """`mean_interval` of the seeds' means, in percent."""
     return mean_interval([100 * v for v in seed_means(by_seed).values()])
+
+
+def paired(answers, a, b):
+    """Points a - b in percentage points, over the seeds that have both and problem by problem, retrains averaged first:
+    {mean, per_seed, bootstrap, student (None for one seed), established}; None where no seed has both."""
+    import numpy as np
+    differences = []
+    for seed in [s for s in answers.get(a, {}) if s in answers.get(b, {})]:
+        retrains = answers[a][seed], answers[b][seed]
+        ids = list(retrains[0][0])
+        if any(c.keys() != set(ids) for side in retrains for c in side):
+            raise InputError(f"seed {seed}: the graded answers of {a} and {b} are not of the same problems")
+        x, y = (np.mean([[c[i] for i in ids] for c in side], axis=0) for side in retrains)
+        differences.append(100 * (x - y))
+    if not differences:
+        return None
+    per_seed = [float(d.mean()) for d in differences]
+    mean, half = mean_interval(per_seed)
+    intervals = bootstrap(differences), None if half is None else (mean - half, mean + half)
+    return {"mean": mean, "per_seed": per_seed, "bootstrap": intervals[0], "student": intervals[1],
+            "established": all(i[0] > 0 or i[1] < 0 for i in intervals if i)}
+
+
+def widest(found):
+    """(low, high): the outer ends of what `paired` says, both intervals together."""
+    intervals = [i for i in (found["bootstrap"], found["student"]) if i]
+    return min(low for low, _ in intervals), max(high for _, high in intervals)
+
+
+def reliability(calibrations):
+    """[(mean prob_b, share of pairs whose B is better, half widths of its Wilson interval below and above)] of the ten bins of several
+    `measure`s of compare.py together, of those that hold ten pairs or more."""
+    found = []
+    for same in zip(*calibrations):
+        n = sum(count for _, _, count in same)
+        if n >= 10:
+            x, y = (sum(b[k] * b[2] for b in same if b[2]) / n for k in (0, 1))
+            low, high = wilson(y, n)
+            found.append((x, y, y - low, high - y))
+    return found

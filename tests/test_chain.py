@@ -188,7 +188,8 @@ def check_order(commands, folder):
 
 @pytest.mark.parametrize("preset", ["gsm8k", "bird", "saferpaca", "gsm8k-70b"])
 @pytest.mark.parametrize("settings", [{}, {"LORA_RANK": 64, "LOAD_IN_4BIT": 1, "CHAT_TEMPLATE": 1}, {"JUDGE": "http://h/v1", "JUDGE_MODEL": "small"},
-                                      {"JUDGE": "human", "CLEAN_START": 1, "METHODS": "naive ilr", "ROUNDS": 6}], ids=["", "4bit", "url", "human"])
+                                      {"JUDGE": "human", "CLEAN_START": 1, "METHODS": "naive ilr", "ROUNDS": 6}, {"LABEL_NOISE": 0.2}],
+                         ids=["", "4bit", "url", "human", "noise"])
 def test_dry_run_of_every_preset(preset, settings, tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", **settings)
     assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
@@ -272,7 +273,7 @@ def test_help_and_dry_run_leave_nothing_behind(tmp_path):
 
 @pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5",
                                      "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1",
-                                     "DPO_LOSS=kto", "DPO_NLL=-1"])
+                                     "DPO_LOSS=kto", "DPO_NLL=-1", "LABEL_NOISE=1.5"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})

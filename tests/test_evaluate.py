@@ -19,8 +19,8 @@ from tasks import InputError, _figures, _methods, _statistics, write_json, write
 @pytest.mark.parametrize("successes, n, low, high", [      # Newcombe 1998, table I, method 3: to 4 digits
     (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_wilson(successes, n, low, high):
-    assert evaluate.wilson(successes / n, n) == pytest.approx((low, high), abs=5.1e-5)
-    assert evaluate.wilson(1 - successes / n, n) == pytest.approx((1 - high, 1 - low), abs=5.1e-5)
+    assert _statistics.wilson(successes / n, n) == pytest.approx((low, high), abs=5.1e-5)
+    assert _statistics.wilson(1 - successes / n, n) == pytest.approx((1 - high, 1 - low), abs=5.1e-5)
 
 
 def test_t_quantiles():
@@ -35,9 +35,9 @@ def test_t_quantiles():
 
 def test_mean_interval():
     # by hand: mean 2, standard deviation 1, t(2 df) = 4.303, 4.303 / sqrt(3) = 2.4843 (four digits)
-    assert evaluate.mean_interval([1, 2, 3]) == (2, pytest.approx(2.4843, abs=1e-4))
-    assert evaluate.mean_interval([0.7]) == (0.7, None)
-    mean, half = evaluate.mean_interval([0.0, 1.0] * 50)        # beyond the table: the normal's
+    assert _statistics.mean_interval([1, 2, 3]) == (2, pytest.approx(2.4843, abs=1e-4))
+    assert _statistics.mean_interval([0.7]) == (0.7, None)
+    mean, half = _statistics.mean_interval([0.0, 1.0] * 50)        # beyond the table: the normal's
     assert half == pytest.approx(1.96 * np.std([0.0, 1.0] * 50, ddof=1) / 10, rel=1e-12) and mean == 0.5
 
 
@@ -199,17 +199,17 @@ def test_bootstrap_against_index_by_index(seeds, values):
     expected, spread = brute_bootstrap(differences, 4000, 1)
     # a 2.5% quantile of n draws from a normal has a standard error of spread * sqrt(0.025 * 0.975 / n) / 0.0584: 0.042 spreads for
     # n = 4,000, 0.027 for 10,000, together 0.05; four of these
-    assert np.abs(np.array(evaluate.bootstrap(differences)) - expected).max() < 0.2 * spread
-    assert evaluate.bootstrap(differences) == evaluate.bootstrap(differences)
+    assert np.abs(np.array(_statistics.bootstrap(differences)) - expected).max() < 0.2 * spread
+    assert _statistics.bootstrap(differences) == _statistics.bootstrap(differences)
     if seeds > 1:       # wider than problems alone: seeds are drawn too
         alone = brute_bootstrap([np.concatenate(differences)], 1000, 2)[1]
         assert spread > 1.02 * alone
 
 
 def test_bootstrap_at_the_ends():
-    assert evaluate.bootstrap([np.zeros(10)] * 3) == (0, 0) and evaluate.bootstrap([np.full(7, 0.5)]) == (0.5, 0.5)
+    assert _statistics.bootstrap([np.zeros(10)] * 3) == (0, 0) and _statistics.bootstrap([np.full(7, 0.5)]) == (0.5, 0.5)
     # one seed with 10 of 20 at 1: quantiles of a binomial; of B(20, 0.5) P(5 or fewer) is 0.021, P(6 or fewer) 0.058, and symmetric
-    assert evaluate.bootstrap([np.repeat([1.0, 0.0], 10)]) == pytest.approx((0.3, 0.7), abs=1e-9)
+    assert _statistics.bootstrap([np.repeat([1.0, 0.0], 10)]) == pytest.approx((0.3, 0.7), abs=1e-9)
 
 
 def answers_of(*seeds):
@@ -246,6 +246,18 @@ def test_a_claim_needs_every_interval(seeds, established):
             assert f"**A beats B by {found['mean']:.1f} points**" in said and "-" not in said[1:]
         else:
             assert f"{a} against {b}: {claim['mean']:+.1f} points, not established" in said and "beats" not in said
+
+
+@pytest.mark.parametrize("sft, ilr, dpo, verdicts", [
+    (10, 20, 10, ["holds", "holds", "holds"]),                              # of 40: ILR gains, DPO neither gains nor loses
+    (10, 11, 20, ["not established", "does not hold", "does not hold"]),    # a gain of one problem; DPO gains, and is above ILR
+    (20, 10, 10, ["does not hold", "holds", "not established"])])           # ILR loses; DPO fails to improve by losing
+def test_findings_hold_or_not(sft, ilr, dpo, verdicts):
+    right = {"sft": sft, "ilr_2": ilr, "dpo_1": dpo}
+    answers = {p: answers_of(*[["1" * k + "0" * (40 - k)]] * 3) for p, k in right.items()}
+    found = {what: (points, verdict) for what, points, verdict in evaluate.findings({"answers": answers, "tests": answers})}
+    assert [found[what][1] for what in ("ILR improves on SFT", "DPO fails to improve on SFT", "ILR improves on DPO")] == verdicts
+    assert len(found) == 3 and found["ILR improves on SFT"][0].startswith(f"{100 * (ilr - sft) / 40:+.1f} (")
 
 
 # ---------------------------------------------------------------- prices
@@ -357,12 +369,12 @@ def test_an_ensemble_pays_for_two_half_models():
 # ---------------------------------------------------------------- figures and the page
 def test_calibration_is_pooled_over_seeds_and_rounds(priced):
     data = evaluate.collect(priced)
-    points = evaluate.reliability(data, ["ilr_1", "ilr_2"])
+    points = _statistics.reliability(c["calibration"] for p in ("ilr_1", "ilr_2") for c in data["comparisons"][p].values())
     # first bin 2 x (8 + 9) pairs, the second empty, then 24 each, the last 4: below ten, left out
     assert [(round(x, 3), round(y, 3)) for x, y, _, _ in points] == [(0.05, 0.2), *((round(0.1 * b + 0.05, 3), 0.5) for b in range(2, 9))]
-    low, high = evaluate.wilson(0.2, 34)
+    low, high = _statistics.wilson(0.2, 34)
     assert points[0][2:] == pytest.approx((0.2 - low, high - 0.2))
-    assert evaluate.reliability(data, ["sft"]) == []
+    assert _statistics.reliability([]) == []
 
 
 class Page(HTMLParser):
@@ -387,10 +399,11 @@ def test_the_page_is_self_contained(priced):
     figures = re.findall(r"\((\w+\.png)\)", text)
     assert figures == ["test_accuracy.png", "label_accuracy.png", "price.png", "judge.png"]
     assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources] == [(priced / f).read_bytes() for f in figures]
-    assert page.tags.count("table") == text.count("| --- |\n") == 7 and "47.5 ± 31.8" in page.cells and "ILR, through round 2" in page.cells
+    assert page.tags.count("table") == text.count("| --- |\n") == 8 and "47.5 ± 31.8" in page.cells and "ILR, through round 2" in page.cells
     assert page.tags.count("li") == text.count("\n- ") and "<strong>ILR (round 2) beats SFT by 20.0 points</strong>" in html
     headings = re.findall(r"^## (.*)", text, re.M)
-    assert headings == ["Claims", "Accuracy by round", "Label accuracy by round", "Price", "Caveats"] and page.tags.count("h2") == 5
+    assert headings == ["Claims", "What the paper finds, here", "Accuracy by round", "Label accuracy by round", "Price", "Caveats"]
+    assert page.tags.count("h2") == len(headings)
 
 
 def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
@@ -402,7 +415,8 @@ def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
     text = report(run_folder)
     assert re.findall(r"^\| ([\w-]+) \| 47.5", text, re.M) == [name for name, _ in _methods.METHODS.values()]
     assert all(f"\n- {name}: {what}.\n" in text for name, what in _methods.METHODS.values())
-    assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 12 + 11 + 1
+    assert len(json.loads((run_folder / "report.json").read_text())["claims"]) == 12 + 11 + 1 + 2
+    assert "](gains.png)" in text and (run_folder / "gains.png").stat().st_size > 5000
     assert list(_figures.STYLES) == methods and all(len({str(style[i]) for style in _figures.STYLES.values()}) == 12 for i in range(3))
 
 

@@ -195,6 +195,30 @@ def test_clean_keeps_the_right_labels_alone(tmp_path):
     assert not (tmp_path / "d.jsonl").exists()
 
 
+def test_noise_is_of_the_share_and_kind_asked_for(tmp_path):
+    gold = [{"id": i, "prompt": "p", "completion": f"{i}+0={i}\n#### {i}", "reference": str(i)} for i in range(40)]
+    weak = [{**r, "completion": "#### 100" if r["id"] % 4 == 0 else r["completion"], "source": "weak"} for r in gold]     # ten are wrong
+    write_jsonl(tmp_path / "gold.jsonl", gold)
+    write_jsonl(tmp_path / "weak.jsonl", weak)
+
+    def noise(share, kind, seed=0):
+        out = tmp_path / f"{share}_{kind}_{seed}.jsonl"
+        run(refine, "--method", "noise", "--labels", tmp_path / "weak.jsonl", "--proposals", tmp_path / "gold.jsonl", "--task", "arithmetic",
+            "--share", share, "--kind", kind, "--seed", seed, "--out", out)
+        new = rows(out)
+        assert [r["id"] for r in new] == list(range(40)) and all(set(r) == {*gold[0], "source"} for r in new)
+        return new, {r["id"] for r in new if not arithmetic.grade(r)}
+    new, wrong = noise(0.3, "symmetric")
+    assert len(wrong) == 12 and sorted(r["completion"] for r in new) == sorted(r["completion"] for r in gold)      # they have each other's
+    assert {r["id"] for r in new if r["source"] == "noise"} == wrong != noise(0.3, "symmetric", 1)[1]
+    new, wrong = noise(0.2, "systematic")
+    assert len(wrong) == 8 and all(new[i] == weak[i] for i in wrong) and all(i % 4 == 0 for i in wrong)
+    assert noise(0, "symmetric")[1] == noise(0, "systematic")[1] == set()
+    with pytest.raises(InputError, match="10 of 40 labels are wrong, fewer than 30.0%"):
+        noise(0.3, "systematic")
+    assert not (tmp_path / "0.3_systematic_0.jsonl").exists()
+
+
 # ---------------------------------------------------------------- baselines on the same comparisons
 @pytest.fixture
 def two_rounds(tmp_path):
