@@ -19,11 +19,12 @@ import random
 from pathlib import Path
 
 from sft import Training, add_training_flags, apply_gradients, cosine_lr, hidden_states, make_optimizers, pack
-from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, may_grade, partial_path, positive, rate,
+from tasks import (BatchLog, InputError, dumps, fields_for_grading, get_task, make_parser, partial_path, positive, rate,
                    read_jsonl, refuse_existing, run_stage, share, short, warm, whole, write_json, write_jsonl)
-from tasks._judges import Endpoint, ask_person, average_orders, is_url
+from tasks._judges import Endpoint, ask_person, average_orders, is_url, measure
 from tasks._memory import attempts, check_memory
-from tasks._models import agreements, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device
+from tasks._models import agreements, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
+from tasks._parallel import deal, first, inside_forward, rank, shard, summed, world
 
 
 # ---------------------------------------------------------------- what the judge reads
@@ -32,6 +33,7 @@ def encode_pair(tokenizer, prompt, a, b):
     return encode_prompt(tokenizer, prompt) + encode_completion(tokenizer, a) + encode_completion(tokenizer, b)
 
 
+@inside_forward
 def judge_logits(model, batch):
     """(owner (N,), fp32 logits (N, 2) of [keep A, change to B]) of the N packed sequences, read at each one's last token.
     Packing needs no padding token, so a text that ends in EOS is read to its end."""
@@ -48,10 +50,11 @@ def probabilities(model, sequences, args, device):
     """P(change to B) of each sequence, as a list of floats."""
     import torch
     probs = torch.zeros(len(sequences))
-    with torch.inference_mode():
-        for batch in pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens, args.micro_tokens, device):
+    with torch.no_grad():
+        for batch in pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens, args.micro_tokens, device, model):
             owner, logits = judge_logits(model, batch)
             probs[owner.cpu()] = logits.softmax(-1)[:, 1].cpu()
+    probs = summed(probs, model)
     if not probs.isfinite().all():
         raise FloatingPointError("the judge answers with NaN: its weights are broken")
     return probs.tolist()
@@ -135,7 +138,7 @@ def train(args):
             if r["id"] not in gold:
                 raise InputError(f"{path}: id {r['id']} is not in {args.gold}")
             r["gold_completion"] = gold[r["id"]]
-    splits = three_splits(make_pairs(task, samples, args.seed, args.wrong_per_problem), args.seed)
+    splits = three_splits(first(lambda: make_pairs(task, samples, args.seed, args.wrong_per_problem)), args.seed)
     if not all(splits):
         raise InputError(f"{args.gold}: {len(gold)} problems are too few for three splits of training pairs")
 
@@ -145,11 +148,12 @@ def train(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.model, args.chat_template)
-    model = open_model(args.model, device, "AutoModelForSequenceClassification", num_labels=2)
+    model = open_model(args.model, device, "AutoModelForSequenceClassification", shards=True, num_labels=2)
     model.config.id2label, model.config.label2id = {0: "keep A", 1: "change to B"}, {"keep A": 0, "change to B": 1}
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     torch.nn.init.zeros_(model.score.weight)     # starts at probability 0.5, whatever the width
+    shard(model, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -174,12 +178,13 @@ def train(args):
             for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
                 with attempt:
                     loss, logits, micro_loss = 0.0, None, None      # lets go of what a try that failed has computed
-                    for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device):
+                    for micro in pack([(ids, [0] * len(ids)) for ids, _ in batch], args.row_tokens, args.micro_tokens, device, model):
                         owner, logits = judge_logits(model, micro)
                         # ABLATION: the judge's loss
                         micro_loss = torch.nn.functional.cross_entropy(logits, classes[owner], reduction="sum") / len(batch)
                         micro_loss.backward()
                         loss += micro_loss.item()
+            loss = summed(loss, model)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr")
             lr = args.lr * cosine_lr(done, total, args.warmup)
@@ -203,15 +208,15 @@ def train(args):
         training.log(step=done, epoch=epoch, stop_loss=stop_loss, stop_accuracy=stop_accuracy)
         if reached or stop_loss < best:
             best = stop_loss
-            model.save_pretrained(folder)
+            save_model(model, tokenizer, folder)
         training.save_state(done, always=True, best=best, history=history, reached=reached, checks=checks)
     bar.close()
-    model = open_model(folder, device, "AutoModelForSequenceClassification")
+    model = open_model(folder, device, "AutoModelForSequenceClassification", shards=True)
+    shard(model, device)
     _, accuracy, flips = held_out(model, reported, args, device)
-    tokenizer.save_pretrained(folder)
-    write_json(folder / "judge.json", {
+    first(lambda: write_json(folder / "judge.json", {
         "held_out_accuracy": accuracy, "held_out_pairs": len(reported) // 2, "held_out_flip_rate": flips,
-        "train_pairs": len(examples) // 2, "epochs": round(done / steps_per_epoch, 2), "stop_losses": history})
+        "train_pairs": len(examples) // 2, "epochs": round(done / steps_per_epoch, 2), "stop_losses": history}))
     training.finish(args.out, read_tokens=checks * sum(len(ids) for ids, _ in stopping) + sum(len(ids) for ids, _ in reported))
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(reported) // 2} held-out pairs, {flips:.1%} of them flip with the "
           f"order; {len(examples) // 2} training pairs, {done / steps_per_epoch:.1f} of {args.epochs} epochs")
@@ -250,6 +255,8 @@ def make_comparisons(args, task):
 def score(args):
     task = get_task(args.task)
     refuse_existing(args.out)
+    if world() > 1 and (args.judge in ("oracle", "human") or is_url(args.judge)):
+        raise InputError(f"--judge {args.judge} runs no model here: start it without torchrun")
     rows = make_comparisons(args, task)
     asked = [i for i, row in enumerate(rows) if not row[3]]
     folder = partial_path(args.out, {**vars(args), "asked": asked}, [args.a, *(args.b or []), args.judge])
@@ -271,6 +278,8 @@ def score(args):
         results = dict(zip(asked, endpoint.preferences([texts(rows[i]) for i in asked])))
     else:
         results, cost = ask_model(args, rows, asked, folder)
+        if rank():
+            return
 
     comparisons = []
     for i, (key, a, b, agree) in enumerate(rows):
@@ -319,40 +328,14 @@ def ask_model(args, rows, asked, folder):
     batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
     log = BatchLog(folder, [len(b) for b in batches])
     with tqdm(total=len(asked), initial=len(log.results), desc=f"score {short(args.out)}", unit="pair", mininterval=1) as bar:
-        for batch in batches[log.batches_done:]:
+        def asked_about(batch):
             probs = probabilities(model, [ids for i in batch for ids in sequences[i]], args, device)
-            log.append([[i, ab, ba] for i, ab, ba in zip(batch, probs[0::2], probs[1::2])])
-            bar.update(len(batch))
+            return [[i, ab, ba] for i, ab, ba in zip(batch, probs[0::2], probs[1::2])]
+        for found in deal(batches[log.batches_done:], asked_about):
+            log.append(found)
+            bar.update(len(found))
     cost = {"weights": count_weights(model), "read_tokens": sum(len(ids) for i in asked for ids in sequences[i])}
     return {i: (ab, ba) for i, ab, ba in log.results}, cost
-
-
-def measure(task, comparisons):
-    """What a file of comparisons says of its judge; accuracy only where references exist, and only for this summary.
-
-    flip_rate: share of asked pairs whose answer changes with the order. position_bias: mean of
-    |P(change | ab) - (1 - P(change | ba))| / 2, the part of a probability that the order alone decides.
-    accuracy: over the `decisive` pairs, of which exactly one side is right, how often the judge prefers it (0.5: half).
-    calibration: of the same pairs, ten bins of prob_b, each [mean prob_b, share of pairs whose B is the better, pairs]; a
-    reliability diagram's points (DeGroot & Fienberg 1983).
-    """
-    asked = [c for c in comparisons if not c["agree"]]
-    result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": None, "position_bias": None}
-    if asked and "shown" in asked[0]:       # a person is asked once
-        first = [c["prob_b"] == (c["shown"] == "ba") for c in asked if c["prob_b"] != 0.5]
-        result.update(unanswered=len(asked) - len(first), chose_first=sum(first) / len(first) if first else None)
-    elif asked:
-        result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
-        result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
-    sides = [[{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")]
-    if asked and may_grade(task, *sides):
-        graded = [(c["prob_b"], task.grade(a), task.grade(b)) for c, a, b in zip(asked, *sides)]
-        decisive = [(p, b > a) for p, a, b in graded if a != b]
-        right = [0.5 if p == 0.5 else float((p > 0.5) == b_right) for p, b_right in decisive]
-        bins = [[x for x in decisive if min(int(10 * x[0]), 9) == k] for k in range(10)]
-        result.update(decisive=len(decisive), accuracy=sum(right) / len(right) if right else None,
-                      calibration=[[*(sum(x) / len(x) for x in zip(*pairs)), len(pairs)] if pairs else [None, None, 0] for pairs in bins])
-    return result
 
 
 def main(args):

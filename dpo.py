@@ -6,7 +6,8 @@
 
 The reference is the policy as it starts (or --reference). Its log-probabilities are computed once, before training, so
 there is never a second model in memory. Chosen and rejected share one packed forward pass. Metrics carry TRL's names.
-Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again, it continues and ends the same.
+Writes a `save_pretrained` folder with `metrics.jsonl`. Killed and started again, it continues and ends the same. Under
+torchrun model and pairs are dealt out over all processes.
 
 Unlike the paper's release: a loop of its own instead of TRL's trainer, and pairs whose two judge prompts really differ.
 """
@@ -18,6 +19,7 @@ from sft import Training, add_lora_flags, add_training_flags, apply_gradients, c
 from tasks import BatchLog, InputError, amount, bounded, make_parser, partial_path, positive, rate, read_jsonl, run_stage, share, short
 from tasks._memory import attempts, check_memory
 from tasks._models import add_lora, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
+from tasks._parallel import deal, most, own_share, shard, summed
 
 
 LOSSES = ["sigmoid", "cdpo", "rdpo", "ipo", "hinge", "asft"]
@@ -87,19 +89,22 @@ def sequence_logps(model, batch, count):
     return torch.zeros(count, device=logps.device).index_add(0, owner, logps)
 
 
-def pair_batches(pairs, args, device):
-    """Pack pairs (chosen sequence, rejected sequence), longest first, so that a pair never straddles two micro-batches.
+def pair_batches(pairs, args, device, model=None, dealt_out=False):
+    """Pack pairs (chosen sequence, rejected sequence), longest first, so that a pair never straddles two micro-batches. A sharded model's
+    processes get equally many micro-batches, some of padding; of their own pairs, or of a share of common ones (dealt_out).
 
     Yields (list of indices into pairs, micro-batch) whose sequences are chosen 0..n-1, then rejected n..2n-1.
     """
     tokens_of = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: -tokens_of[i])
+    order, groups = own_share(sorted(range(len(pairs)), key=lambda i: -tokens_of[i]), model if dealt_out else None), []
     while order:
         end, tokens = 1, tokens_of[order[0]]
         while end < len(order) and tokens + tokens_of[order[end]] <= args.micro_tokens:
             tokens += tokens_of[order[end]]
             end += 1
-        indices, order = order[:end], order[end:]
+        groups.append(order[:end])
+        order = order[end:]
+    for indices in groups + [[]] * (most(len(groups), model) - len(groups)):
         sequences = [pairs[i][side] for side in (0, 1) for i in indices]
         # one forward pass whatever the packing: rows that do not fill up may exceed the budget by their padding
         batch, = pack(sequences, min(args.row_tokens, args.micro_tokens), math.inf, device)
@@ -107,20 +112,23 @@ def pair_batches(pairs, args, device):
 
 
 def reference_logps(model, pairs, args, device, path):
-    """(N, 2) fp32 log-probabilities of chosen and rejected under the reference, appended to `path` as they come."""
+    """(N, 2) fp32 log-probabilities of chosen and rejected under the reference, appended to `path` as they come, block by block."""
     import torch
     from tqdm import tqdm
     size = 64
     log = BatchLog(path, [1] * math.ceil(len(pairs) / size))
     bar = tqdm(total=len(log.results) or math.ceil(len(pairs) / size), desc="reference", unit="batch", mininterval=1, leave=False)
     model.eval()
-    with torch.inference_mode():
-        for start in range(log.batches_done * size, len(pairs), size):
-            block = {}
-            for indices, batch in pair_batches(pairs[start:start + size], args, device):
-                logps = sequence_logps(model, batch, 2 * len(indices)).tolist()
-                block.update(zip(indices, zip(logps[:len(indices)], logps[len(indices):])))
-            log.append([[block[i] for i in range(len(block))]])
+
+    def logps_of(block):
+        found = {}
+        for indices, batch in pair_batches(block, args, device, model):
+            logps = sequence_logps(model, batch, 2 * len(indices)).tolist()
+            found.update(zip(indices, zip(logps[:len(indices)], logps[len(indices):])))
+        return [found[i] for i in range(len(block))]
+    with torch.no_grad():
+        for found in deal([pairs[k:k + size] for k in range(log.batches_done * size, len(pairs), size)], logps_of, idle=[]):
+            log.append([found])
             bar.update()
     bar.close()
     model.train()
@@ -155,15 +163,20 @@ def main(args):
         print(f"noise rate: {noise:.3g}" + (f" ({args.judge})" if args.judge else ""))
     # (N, 2): completion tokens of chosen and rejected, and their log-probabilities under the reference, which asft does without
     lengths = torch.tensor([[sum(weights[1:]) for _, weights in pair] for pair in pairs], device=device)
-    model = open_model(args.reference or args.model, device, load_in_4bit=args.load_in_4bit)
+
+    def opened(path):
+        model = open_model(path, device, load_in_4bit=args.load_in_4bit, shards=True)
+        if args.lora_rank and path == args.model:       # new adapters are 0: the reference does not change
+            add_lora(model, args.lora_rank)
+        shard(model, device)
+        return model
+    model = opened(args.reference or args.model)
     folder.mkdir(parents=True, exist_ok=True)
     reference = (torch.zeros_like(lengths) if args.loss == "asft" else
                  reference_logps(model, pairs, args, device, folder / "reference.jsonl").to(device))
     if args.reference:
         del model
-        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit)
-    if args.lora_rank:
-        add_lora(model, args.lora_rank)
+        model = opened(args.model)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -185,7 +198,7 @@ def main(args):
                     logps = policy_chosen = policy_rejected = losses = nll = None      # lets go of what a try that failed has computed
                     n, metrics = len(chosen_ones), torch.zeros(8, device=device)
                     chosen_tokens = lengths[torch.as_tensor(chosen_ones, device=device), 0].sum()
-                    for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device):
+                    for indices, micro in pair_batches([pairs[i] for i in chosen_ones], args, device, model, dealt_out=True):
                         logps = sequence_logps(model, micro, 2 * len(indices))
                         policy_chosen, policy_rejected = logps[:len(indices)], logps[len(indices):]
                         here = torch.as_tensor(chosen_ones[indices], device=device)
@@ -202,7 +215,7 @@ def main(args):
                                 losses, rewards_chosen, rewards_rejected, margins > 0, margins, policy_chosen, policy_rejected, nll)])
             names = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
                      "logps/chosen", "logps/rejected", *(["nll_loss"] if args.nll_weight else []))
-            row = dict(zip(names, metrics.tolist()))
+            row = dict(zip(names, summed(metrics, model).tolist()))
             if not math.isfinite(row["loss"]):
                 raise FloatingPointError(f"the loss is {row['loss']} at step {done + 1}: lower --lr or --beta")
             lr = args.lr * cosine_lr(done, total, args.warmup)

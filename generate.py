@@ -7,7 +7,7 @@
 Input records keep all their fields; `completion` is replaced (stop at EOS, or `truncated` where the token limit cut it
 off) and `source` set; with --num-samples above 1 there is one record per sample, numbered by `sample`. Batches are formed
 in one fixed order (longest prompt first) and appended as they finish: killed and started again, the same command
-continues at the first incomplete batch.
+continues at the first incomplete batch. Under torchrun each process answers its share of the batches, with the same bytes at the end.
 
 Unlike the paper's release: beams are asked for by name, never implied by a temperature of 0, and the noise of a sample
 comes from (seed, id, sample), so that, up to rounding of logits, an answer does not depend on its neighbours.
@@ -20,6 +20,7 @@ from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, pa
                    whole, write_json, write_jsonl)
 from tasks._memory import lacks_memory
 from tasks._models import count_weights, encode_prompt, open_model, open_tokenizer, pick_device
+from tasks._parallel import deal, rank
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -178,13 +179,18 @@ def generate_file(args, model_path, data, out, half):
         torch.cuda.empty_cache()        # too many for the memory: half of them, then the other half
         return [a + b for a, b in zip(answer(batch[:len(batch) // 2]), answer(batch[len(batch) // 2:]))]
 
+    def answer_texts(batch):
+        answers = answer(batch)
+        texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
+        return [[i, s, text, cut, len(ids) + (not cut)] for (i, s), text, ids, cut in zip(batch, texts, *answers)]
+
     log = BatchLog(folder, [len(b) for b in batches])
     with tqdm(total=len(jobs), initial=len(log.results), desc=f"generate {short(out)}", unit="answer", mininterval=1) as bar:
-        for batch in batches[log.batches_done:]:
-            answers = answer(batch)
-            texts = tokenizer.batch_decode(answers[0], skip_special_tokens=True)
-            log.append([[i, s, text, cut, len(ids) + (not cut)] for (i, s), text, ids, cut in zip(batch, texts, *answers)])
-            bar.update(len(batch))
+        for answered in deal(batches[log.batches_done:], answer_texts):
+            log.append(answered)
+            bar.update(len(answered))
+    if rank():
+        return
 
     write_json(f"{out}.price", {"weights": count_weights(model),
                                 "generated_tokens": args.num_beams * sum(r[4] for r in log.results),      # through the model

@@ -50,6 +50,8 @@ CHAT_TEMPLATE=${CHAT_TEMPLATE:-0} # 1: both models are chat models and get their
 CLEAN_START=${CLEAN_START:-0}     # 1: SFT and ILR start from the unreliable labels that are right
 JOBS=${JOBS:-$(command -v nvidia-smi >/dev/null && echo 1 || echo 4)}   # stages side by side: 1 on one GPU, 4 on a CPU
 THREADS=${THREADS:-1}             # CPU threads of each stage
+NPROC=${NPROC:-1}                 # processes of each model stage, one a GPU, started by torchrun; above 1, stages run one after the other
+LAUNCH=${LAUNCH:-}                # what starts them instead, words: srun torchrun ... for several machines (README), with NPROC above 1
 BASES=${BASES:-bases}             # where base models trained here are cached
 PYTHON=${PYTHON:-python}
 
@@ -107,7 +109,7 @@ JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY CHOSEN_LR DPO_LR DPO_EPOC
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
   echo; echo "Variables and their present values:"
-  for name in OUT $VARIABLES JOBS STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
+  for name in OUT $VARIABLES JOBS NPROC LAUNCH STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
   exit
 fi
 check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anything is written
@@ -117,7 +119,7 @@ check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anyt
   done
 }
 check '[1-9]' 'a digit from 1 to 9' JOBS
-check '[1-9][0-9]*' 'a whole number above 0' ROUNDS RETRAINS THREADS TRAIN TEST WEAK_EPOCHS WEAK_BATCH \
+check '[1-9][0-9]*' 'a whole number above 0' NPROC ROUNDS RETRAINS THREADS TRAIN TEST WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
 check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
@@ -159,6 +161,14 @@ if [ "$LOAD_IN_4BIT" = 1 ]; then
   check '[1-9].*' 'a rank above 0 with LOAD_IN_4BIT=1, whose weights cannot be trained' LORA_RANK
   LOADING="--load-in-4bit"
 fi
+# MODEL starts a stage that needs a model. One process trains adapters on 4-bit weights if asked, several on 16-bit shards, and with
+# other optimizers than the 8-bit ones: so a run folder is of one process or of several, however many. Answers are of 4-bit weights.
+MODEL=("$PYTHON") ADAPTING=$LOADING
+if [ "$NPROC" != 1 ]; then
+  if [ "$LAUNCH" ]; then MODEL=($LAUNCH); else MODEL+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC"); fi
+  JOBS=1 ADAPTING="" PREFERRING=${PREFERRING/8bit/} PROCESSES=several VARIABLES+=" PROCESSES"
+fi
+if [ "$JUDGE" = trained ]; then ASKED=("${MODEL[@]}"); else ASKED=("$PYTHON"); fi
 [ "$CHAT_TEMPLATE" = 0 ] || TRAINING+=" --chat-template" DECODING+=" --chat-template" SCORING+=" --chat-template"
 [[ $JUDGE_FLIPS =~ ^0(\.0*)?$ ]] || ASKING+=(--flip-share "$JUDGE_FLIPS" --flip-kind "$FLIP_KIND")
 if [ "$JUDGE" = human ]; then
@@ -189,7 +199,12 @@ stage() {
   cat "$said.out" >>"$OUT/log.txt"
   [ ! -s "$said.out" ] || say "    $(tail -n 1 "$said.out")"
   if [ $status != 0 ]; then
-    [ ! -e "$said.err" ] || tr '\r' '\n' <"$said.err" | tail -n 5 >&2
+    if [ -e "$said.err" ]; then
+      tr '\r' '\n' <"$said.err" >"$said.out"
+      # of several processes, their own words and not torchrun's, whose exit code is always 1
+      { [ "$NPROC" != 1 ] && grep -aE '^([a-z]+\.py: error: |[A-Za-z]+Error: |  traceback : Signal)' "$said.out" || tail -n 5 "$said.out"; } >&2
+      [ "$NPROC" = 1 ] || ! grep -aqE '^  exitcode +: 2 ' "$said.out" || status=2
+    fi
     [ $status = 2 ] || again="; the same command continues from here"
     echo "run_ilr.sh: error: stage $name failed (exit $status)${again:-}" >&2
   else
@@ -225,7 +240,7 @@ needs() {      # needs FILE: wait for what another lane makes, unless run_ilr.sh
 
 # ---------------------------------------------------------------- the base models, trained here from random weights
 pretrain() {   # pretrain NAME
-  stage "bases/$1" "$bases/$1" "$PYTHON" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
+  stage "bases/$1" "$bases/$1" "${MODEL[@]}" sft.py --init-config "$bases/$1.json" --tokenizer "$bases/tokenizer" \
     --data "$bases/corpus_$1.jsonl" --out "$bases/$1" $PRETRAINING --state-every "$STATE_EVERY"
 }
 strong_base() { [ -z "$bases" ] || pretrain strong; }
@@ -247,14 +262,14 @@ base_recipe() {   # names of the base models; a change of their recipe is anothe
 # ---------------------------------------------------------------- the method, one function per step
 train() {      # train NAME OUT MODEL DATA LR EPOCHS BATCH FLAGS...
   local name=$1 out=$2 model=$3 records=$4 lr=$5 epochs=$6 batch=$7; shift 7
-  stage "$name" "$out" "$PYTHON" sft.py --model "$model" --data "$records" --out "$out" --lr "$lr" --epochs "$epochs" \
-    --batch-size "$batch" --lora-rank "$LORA_RANK" $TRAINING $LOADING "$@"
+  stage "$name" "$out" "${MODEL[@]}" sft.py --model "$model" --data "$records" --out "$out" --lr "$lr" --epochs "$epochs" \
+    --batch-size "$batch" --lora-rank "$LORA_RANK" $TRAINING $ADAPTING "$@"
 }
 
 answer() {     # answer NAME DIR MODELS...: the test answers of a point's models, graded
   local name=$1 dir=$2 outs=() out k=0 _; shift 2
   for _ in "$@"; do k=$((k + 1)); outs+=("$dir/eval_$k.jsonl"); done
-  stage "$name/answer" "$dir/eval_$k.jsonl" "$PYTHON" generate.py --model "$@" --data "${questions:-$data/$EVAL.jsonl}" --out "${outs[@]}" $DECODING $LOADING
+  stage "$name/answer" "$dir/eval_$k.jsonl" "${MODEL[@]}" generate.py --model "$@" --data "${questions:-$data/$EVAL.jsonl}" --out "${outs[@]}" $DECODING $LOADING
   for out in "${outs[@]}"; do grade "$name/grade" "${out%.jsonl}"; done
 }
 
@@ -274,7 +289,7 @@ strong_models() {  # strong_models NAME DIR LABELS: RETRAINS strong models on th
 weak_samples() {   # weak_samples 0|1 SOURCE: what every other one of the weak models answers to D_gt
   local k models=() outs=()
   for ((k = $1; k < ${#samples[@]}; k += 2)); do models+=("${weak_models[k]}") outs+=("${samples[k]}"); done
-  stage "$at/judge/sample_$1" "${outs[-1]}" "$PYTHON" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
+  stage "$at/judge/sample_$1" "${outs[-1]}" "${MODEL[@]}" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
     --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source "$2" $DECODING
 }
 
@@ -284,7 +299,7 @@ weak_model() {     # weak_model NAME OUT DATA FLAGS...
 }
 
 weak_side() {      # unreliable demonstrations and the unreliable judge, both from D_gt
-  local labeler=$run/weak/model weak_models=() samples=() percent part LOADING=""
+  local labeler=$run/weak/model weak_models=() samples=() percent part LOADING="" ADAPTING=""
   weak_base
   weak_model "$at/weak/train" "$run/weak/model" "$data/gt.jsonl" --save-every 0.1
   if [ "$JUDGE" != trained ] && [ "$WEAK_ACCURACY" = 0 ]; then :
@@ -311,7 +326,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
     stage "$at/weak/pick" "$labeler" "$PYTHON" evaluate.py pick --task "$TASK" --data "${samples[@]}" --models "${weak_models[@]}" \
       --accuracy "$WEAK_ACCURACY" --out "$labeler"
   fi
-  stage "$at/weak/label" "$run/weak/labels.jsonl" "$PYTHON" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
+  stage "$at/weak/label" "$run/weak/labels.jsonl" "${MODEL[@]}" generate.py --model "$labeler" --data "$data/unlab.jsonl" \
     --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $DECODING $LABELING
   grade_labels "$at/weak" "$run/weak"
   if [ "$LABEL_NOISE" ]; then
@@ -322,7 +337,7 @@ weak_side() {      # unreliable demonstrations and the unreliable judge, both fr
     stage "$at/clean" "$start" "$PYTHON" refine.py --method clean --labels "$run/weak/labels.jsonl" --task "$TASK" --out "$start"
     grade_labels "$at/clean" "$run/clean"
   fi
-  [ "$JUDGE" != trained ] || stage "$at/judge/train" "$run/judge/model" "$PYTHON" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
+  [ "$JUDGE" != trained ] || stage "$at/judge/train" "$run/judge/model" "${MODEL[@]}" compare.py train --model "$WEAK_MODEL" --task "$TASK" --data "${samples[@]}" \
     --gold "$data/gt.jsonl" --out "$run/judge/model" --lr "$JUDGE_LR" --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" \
     --optimizer "$JUDGE_OPTIMIZER" --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" $TRAINING $JUDGING
   LATER=10 answer "$at/weak" "$run/weak" "$labeler"
@@ -348,14 +363,14 @@ refined_labels() { # refined_labels ilr|naive: each round, cross-labelling by tw
   for ((round = 1; round <= ROUNDS; round++)); do
     name=$at/${method}_$round dir=$run/${method}_$round
     lanes "half_model 1" "half_model 2"
-    stage "$name/propose" "$dir/proposals_2.jsonl" "$PYTHON" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
+    stage "$name/propose" "$dir/proposals_2.jsonl" "${MODEL[@]}" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
       --half 2 1 --round "$round" --seed "$seed" --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
       $DECODING $PROPOSING $LOADING
     if [ $method = naive ]; then how=(--method naive --proposals "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --seed "$seed")
     else
       how=(--method $accept --comparisons "$dir/comparisons.jsonl")
       [ "$JUDGE" != trained ] || needs "$judge"
-      stage "$name/compare" "$dir/comparisons.jsonl" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
+      stage "$name/compare" "$dir/comparisons.jsonl" "${ASKED[@]}" compare.py score --judge "$judge" --task "$TASK" --a "$labels" \
         --b "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --out "$dir/comparisons.jsonl" $SCORING "${ASKING[@]}"
     fi
     stage "$name/refine" "$dir/labels.jsonl" "$PYTHON" refine.py --labels "$labels" "${how[@]}" --task "$TASK" \
@@ -395,7 +410,7 @@ ensemble() {       # the half-models of ILR's first round vote on every test pro
   local dir=$run/ensemble_1 halves=("$run/ilr_1/half_1" "$run/ilr_1/half_2") k LATER=10
   for k in 1 2; do       # a seed each: noise of their own
     needs "${halves[k - 1]}"
-    stage "$at/ensemble_1/answer_$k" "$dir/samples_$k.jsonl" "$PYTHON" generate.py --model "${halves[k - 1]}" --data "$data/$EVAL.jsonl" --num-samples $(((DPO_SAMPLES + 1) / 2)) \
+    stage "$at/ensemble_1/answer_$k" "$dir/samples_$k.jsonl" "${MODEL[@]}" generate.py --model "${halves[k - 1]}" --data "$data/$EVAL.jsonl" --num-samples $(((DPO_SAMPLES + 1) / 2)) \
       --temperature "$DPO_TEMPERATURE" --seed $((seed + 1000 * k)) --out "$dir/samples_$k.jsonl" $DECODING $LOADING
   done
   stage "$at/ensemble_1/vote" "$dir/eval_1.jsonl" "$PYTHON" refine.py --method vote --labels "$data/$EVAL.jsonl" \
@@ -414,13 +429,13 @@ preferences() {    # preferences METHOD: what a round's policy is trained on, an
     spin) how=(spin --labels "$start" --proposals "$dir/samples.jsonl") ;;
   esac
   case $method in dpo|dpo-release|dpo-coin|spin)
-    stage "$name/sample" "$dir/samples.jsonl" "$PYTHON" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature "$DPO_TEMPERATURE" \
+    stage "$name/sample" "$dir/samples.jsonl" "${MODEL[@]}" generate.py --model "$policy" --data "$data/unlab.jsonl" --temperature "$DPO_TEMPERATURE" \
       --num-samples "$samples" --seed $((seed + 1000 * round)) --source policy --out "$dir/samples.jsonl" $DECODING $LOADING ;;
   esac
   case $method in
     dpo|dpo-release|dpo-coin)
       [ "$JUDGE" != trained ] || needs "$judge"
-      stage "$name/compare" "$asked" "$PYTHON" compare.py score --judge "$judge" --task "$TASK" \
+      stage "$name/compare" "$asked" "${ASKED[@]}" compare.py score --judge "$judge" --task "$TASK" \
         --a "$dir/samples.jsonl" --out "$asked" $SCORING "${ASKING[@]}" ;;
     dpo-labels|sft-chosen) needs "$asked" ;;
   esac
@@ -438,9 +453,9 @@ policies() {       # policies dpo|dpo-labels|spin|sft-chosen: each round trains 
       if [ $method = sft-chosen ]; then
         train "$name/train" "$dir/model_$r" "$policy" "$dir/preferences.jsonl" "$CHOSEN_LR" "$SFT_EPOCHS" "$SFT_BATCH" --seed $((seed + 1000 * (r - 1)))
       else
-        stage "$name/train" "$dir/model_$r" "$PYTHON" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
+        stage "$name/train" "$dir/model_$r" "${MODEL[@]}" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$dir/model_$r" \
           "${loss[@]}" --lr "$DPO_LR" --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed $((seed + 1000 * (r - 1))) \
-          --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $LOADING
+          --lora-rank "$LORA_RANK" $TRAINING $PREFERRING $ADAPTING
       fi
     done
     policy=$dir/model_1

@@ -7,13 +7,14 @@ Every weight is trained (or adapters: --lora-rank), in bf16 on CUDA and fp32 on 
 log-likelihood of the completion tokens of the whole optimizer batch, so the micro-batch size changes nothing. Records are
 packed into rows without cross-talk, and logits are computed only where there is a label. Writes a `save_pretrained` folder
 with `metrics.jsonl` (a row per optimizer step). Killed and started again, the same command continues and ends with the same
-bytes (CPU).
+bytes (CPU). `torchrun --nproc-per-node 8 sft.py ...` shards it over 8 GPUs and sees the same optimizer batches.
 
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS), halves depend on
 (seed, round, id) and not on row order, batches are packed, and labels the task cannot parse are counted aloud.
 """
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from tasks import (InputError, amount, dumps, get_task, half_of, make_parser, pa
                    share, short, whole, write_json, write_text)
 from tasks._memory import attempts, check_memory
 from tasks._models import add_lora, count_weights, encode_completion, encode_prompt, open_model, open_tokenizer, pick_device, save_model
+from tasks._parallel import first, full, gathered, home, inside_forward, most, own_share, placed, rank, shard, summed, world
 
 
 # ---------------------------------------------------------------- shared by trainers, sampler and judge
-def pack(sequences, row_tokens, micro_tokens, device="cpu"):
-    """Sequences -> micro-batches of packed rows (first fit, longest first).
+def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None):
+    """Sequences -> micro-batches of packed rows (first fit, longest first). At least one; without sequences it is padding. Where
+    `model` is sharded, those of this process's share of the sequences, and padding until all processes have as many.
 
     sequences: list of (token ids, loss weight of each token as a target; the first token's is ignored).
     Rows hold up to `row_tokens` tokens (or one longer sequence), micro-batches up to `micro_tokens` (or one row).
@@ -35,7 +38,7 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu"):
     """
     import torch
     rows, free = [], []
-    for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])):
+    for i in own_share(sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), model):
         n = len(sequences[i][0])
         r = next((r for r, room in enumerate(free) if room >= n), len(rows))
         if r == len(rows):
@@ -44,11 +47,17 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu"):
         rows[r].append(i)
         free[r] -= n
     lengths = [sum(len(sequences[i][0]) for i in row) for row in rows]
-    start = 0
-    while start < len(rows):
-        end = start + 1
-        while end < len(rows) and max(lengths[start:end + 1]) * (end + 1 - start) <= micro_tokens:
+    cuts = [0]
+    while cuts[-1] < len(rows):
+        end = cuts[-1] + 1
+        while end < len(rows) and max(lengths[cuts[-1]:end + 1]) * (end + 1 - cuts[-1]) <= micro_tokens:
             end += 1
+        cuts.append(end)
+    for _ in range(len(cuts), most(max(2, len(cuts)), model)):
+        rows.append([])
+        lengths.append(1)
+        cuts.append(len(rows))
+    for start, end in zip(cuts, cuts[1:]):
         shape = (end - start, max(lengths[start:end]))
         input_ids, owner = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
         position_ids, weights = torch.zeros(shape, dtype=torch.long), torch.zeros(shape)
@@ -65,7 +74,6 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu"):
             position_ids[r, at:] = torch.arange(shape[1] - at) + (at if len(row) == 1 else 0)
         yield {k: v.to(device, non_blocking=True) for k, v in
                dict(input_ids=input_ids, position_ids=position_ids, weights=weights, owner=owner).items()}
-        start = end
 
 
 def hidden_states(model, batch):
@@ -75,6 +83,7 @@ def hidden_states(model, batch):
                             use_cache=False).last_hidden_state
 
 
+@inside_forward
 def completion_logps(model, batch):
     """Log-probability of every token whose loss weight is not 0: (logps fp32 (N,), weights (N,), owner (N,)).
 
@@ -109,13 +118,18 @@ def checkpoint_steps(total, save_every):
 def make_optimizers(model, name, lr, device):
     """The optimizers that `name` stands for, as a list (Muon needs a second one for what is no matrix).
 
-    auto is 8-bit AdamW on CUDA and fused AdamW elsewhere, where 8-bit costs time and saves nothing that matters.
-    No weight decay. 8-bit optimizers keep 32-bit state for embeddings, as their authors advise.
+    auto is 8-bit AdamW on CUDA and fused AdamW elsewhere, where 8-bit costs time and saves nothing that matters, and with several
+    processes, whose sharded tensors bitsandbytes cannot read. No weight decay. 8-bit optimizers keep 32-bit state for
+    embeddings, as their authors advise.
     """
     import torch
-    name = ("adamw8bit" if device.type == "cuda" else "adamw") if name == "auto" else name
+    name = ("adamw8bit" if device.type == "cuda" and world() == 1 else "adamw") if name == "auto" else name
+    if world() > 1 and name.endswith("8bit"):
+        raise InputError(f"--optimizer {name}: 8-bit optimizers cannot read the sharded tensors of several processes; "
+                         f"{name.removesuffix('8bit')} keeps its state in the weights' type")
     params = [p for p in model.parameters() if p.requires_grad]
-    print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in {params[0].dtype} on {device}")
+    print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in {params[0].dtype} on {device}"
+          + (f", sharded over {world()} processes" if world() > 1 else ""))
     first = []
     if name == "muon":
         inner = {id(p) for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
@@ -123,6 +137,8 @@ def make_optimizers(model, name, lr, device):
         params = [p for p in params if id(p) not in inner]
     if name in ("adamw", "muon"):
         return first + ([torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)] if params else [])
+    if name == "rmsprop":
+        return [torch.optim.RMSprop(params, lr=lr)]
     import bitsandbytes as bnb
     bnb.optim.GlobalOptimManager.get_instance().register_module_override(
         model.get_input_embeddings(), "weight", {"optim_bits": 32})
@@ -134,7 +150,7 @@ def make_optimizers(model, name, lr, device):
 def apply_gradients(model, optimizers, lr, max_norm=1.0):
     """Clip by the global norm, set the learning rate, step, clear. Returns the norm before clipping."""
     import torch
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}: lower --lr, or look for broken records in the data")
     for optimizer in optimizers:
@@ -150,6 +166,7 @@ class Training:
 
     `state` is what was restored, {} at the start. All randomness of a run comes from (seed, epoch), so weights,
     optimizers and the step number are all there is to restore; torch's generator is kept too, for edited scripts.
+    Weights and optimizers are kept whole, so any number of processes continues; the first writes.
     """
 
     def __init__(self, folder, model, optimizers, seconds):
@@ -159,16 +176,22 @@ class Training:
         self.state, self.saved_at = {}, time.monotonic()
         kept = []
         if (folder / "state.pt").exists():
-            self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            model.load_state_dict(self.state.pop("model"), strict=False)
+            self.state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=world() > 1)
+            if self.state["kinds"] != [type(o).__name__ for o in optimizers]:
+                raise InputError(f"{folder}: begun with {' and '.join(self.state['kinds'])}, by one process: give that --optimizer, or delete the folder")
+            weights = dict(model.named_parameters())
+            model.load_state_dict({name: placed(value, weights[name]) for name, value in self.state.pop("model").items()}, strict=False)
             for optimizer, saved in zip(optimizers, self.state.pop("optimizers")):
+                for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+                    if i in saved["state"]:
+                        saved["state"][i] = {key: placed(value, p) for key, value in saved["state"][i].items()}
                 optimizer.load_state_dict(saved)
             torch.set_rng_state(self.state.pop("rng"))
             kept = (folder / "metrics.jsonl").read_text().splitlines()[:self.state["rows"]]
             print(f"continuing after step {self.state['step']}")
         self.rows = len(kept)
-        write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in kept))     # whole, whenever killed
-        self.metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        first(lambda: write_text(folder / "metrics.jsonl", "".join(line + "\n" for line in kept)))     # whole, whenever killed
+        self.metrics = open(os.devnull if rank() else folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def log(self, **row):
         self.metrics.write(dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
@@ -177,18 +200,23 @@ class Training:
     def save_state(self, step, always=False, **more):
         """Write the resumable state if `seconds` have passed since the last one."""
         import torch
-        if not always and time.monotonic() - self.saved_at < self.seconds:
+        if not always and first(lambda: time.monotonic() - self.saved_at < self.seconds):
             return
         self.metrics.flush()
         trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
-        torch.save({"model": trained, "optimizers": [o.state_dict() for o in self.optimizers],
-                    "rng": torch.get_rng_state(), "step": step, "rows": self.rows, **more}, self.folder / "state.writing")
-        (self.folder / "state.writing").replace(self.folder / "state.pt")
+        state = gathered({"model": trained, "optimizers": [o.state_dict() for o in self.optimizers]})
+        if rank() == 0:
+            torch.save({**state, "kinds": [type(o).__name__ for o in self.optimizers], "rng": torch.get_rng_state(), "step": step,
+                        "rows": self.rows, **more}, self.folder / "state.writing")
+            (self.folder / "state.writing").replace(self.folder / "state.pt")
         self.saved_at = time.monotonic()
 
     def finish(self, out, read_tokens=0):
         """Write price.json: weights of the model, weights trained, tokens trained on, tokens only read. Give the folder its name."""
         self.metrics.close()
+        first(lambda: self._finish(out, read_tokens))
+
+    def _finish(self, out, read_tokens):
         rows = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
         write_json(self.folder / "price.json", {"weights": count_weights(self.model), "trained_weights": count_weights(self.model, trained=True),
                                                 "trained_tokens": sum(row.get("tokens", 0) for row in rows), "read_tokens": read_tokens})
@@ -201,8 +229,8 @@ def add_training_flags(p, lr, batch_size, epochs):
     p.add_argument("--lr", type=rate, default=lr, help="peak learning rate")
     p.add_argument("--epochs", type=positive, default=epochs, help="passes over the data")
     p.add_argument("--batch-size", type=positive, default=batch_size, help="records per optimizer step")
-    p.add_argument("--optimizer", default="auto", choices=["auto", "adamw", "adamw8bit", "rmsprop8bit", "muon"],
-                   help="auto: adamw8bit on CUDA, fused adamw on CPU")
+    p.add_argument("--optimizer", default="auto", choices=["auto", "adamw", "adamw8bit", "rmsprop", "rmsprop8bit", "muon"],
+                   help="auto: adamw8bit on CUDA, fused adamw on CPU and with several processes")
     p.add_argument("--warmup", type=share, default=0.05, help="share of the steps with a rising learning rate")
     p.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row; 1 packs nothing: rows of like length, "
                    "without an attention mask, are faster on a CPU")
@@ -250,7 +278,7 @@ def main(args):
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.model or args.tokenizer, args.chat_template)
     if args.model:
-        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit)
+        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit, shards=True)
     else:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -258,9 +286,10 @@ def main(args):
             config = AutoConfig.for_model(**json.loads(Path(args.init_config).read_text()))
         except (OSError, ValueError, TypeError, StrictDataclassError) as e:
             raise InputError(f"{args.init_config}: not the JSON of a model config ({str(e).splitlines()[0]})") from None
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(home(device))
     if args.lora_rank:
         add_lora(model, args.lora_rank)
+    shard(model, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
@@ -289,12 +318,13 @@ def main(args):
             for attempt in attempts(model, args):       # again with smaller micro-batches when memory runs out
                 with attempt:
                     loss, logps, micro_loss = 0.0, None, None       # lets go of what a try that failed has computed
-                    for micro in pack(batch, args.row_tokens, args.micro_tokens, device):
+                    for micro in pack(batch, args.row_tokens, args.micro_tokens, device, model):
                         logps, weights, _ = completion_logps(model, micro)
                         # ABLATION: the SFT loss; dividing by the whole batch's weight makes micro-batches add up exactly
                         micro_loss = -(logps * weights).sum() / weight
                         micro_loss.backward()
                         loss += micro_loss.item()
+            loss = summed(loss, model)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss is {loss} at step {done + 1}: lower --lr, or look for broken records")
             lr = args.lr * cosine_lr(done, total, args.warmup)

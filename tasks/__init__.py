@@ -14,6 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from tasks._parallel import first, give_way, is_loss_of_another, leave, lost, processes, rank, world
+
 TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
 
 
@@ -216,7 +218,12 @@ def refuse_existing(out):
 def partial_path(out, args, inputs):
     """Where a stage keeps its unfinished work for `out`: a path whose name holds a hash of the work itself
     (arguments, source of the stages, and size and time of every input file), so that work begun under other
-    settings is never continued. Work for the same `out` under another hash is left where it is."""
+    settings is never continued. Work for the same `out` under another hash is left where it is. The number of processes is no part
+    of it: another number continues."""
+    return first(lambda: _partial_path(out, args, inputs))
+
+
+def _partial_path(out, args, inputs):
     refuse_existing(out)
     digest = hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode())
     here = Path(__file__).parent
@@ -240,18 +247,20 @@ class BatchLog:
 
     def __init__(self, path, sizes):
         # errors="replace": a kill may have cut the last line, which is dropped, inside a character
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+        lines = first(lambda: path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else [])
         self.batches_done = count = 0
         while self.batches_done < len(sizes) and count + sizes[self.batches_done] <= len(lines):
             count += sizes[self.batches_done]
             self.batches_done += 1
         self.results = [json.loads(line) for line in lines[:count]]
         self.path = path
-        write_text(path, "".join(line + "\n" for line in lines[:count]))
+        first(lambda: write_text(path, "".join(line + "\n" for line in lines[:count])))
 
     def append(self, results):
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("".join(dumps(r) + "\n" for r in results))
+        """Results of one batch; all processes know them, the first writes them."""
+        if rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write("".join(dumps(r) + "\n" for r in results))
         self.results += results
 
 
@@ -286,7 +295,8 @@ def run_stage(parser, main, argv=None):
     args = parser.parse_args(argv)
     gc.disable()       # until open_tokenizer: what importing torch and transformers makes is there to stay
     try:
-        main(args)
+        with processes(parser.prog):
+            main(args)
     except InputError as e:
         sys.exit(_fail(parser, e, 2))
     except (OSError, ArithmeticError, MemoryError) as e:
@@ -298,6 +308,8 @@ def run_stage(parser, main, argv=None):
             sys.exit(_fail(parser, f"cannot write a model or state, the disk may be full ({text})", 1))
         if "out of memory" in text:
             sys.exit(_fail(parser, f"{text} (lower --micro-tokens or --batch-size, or see --help for what else saves memory)", 1))
+        if is_loss_of_another(e):
+            lost(parser.prog)
         raise
     except KeyboardInterrupt:
         sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))
@@ -305,7 +317,9 @@ def run_stage(parser, main, argv=None):
 
 def _fail(parser, message, code):
     traceback.clear_frames(sys.exc_info()[2])      # lets go of an open progress bar, which then ends its line
-    print(f"{parser.prog}: error: {message}", file=sys.stderr)
+    give_way()
+    print(f"{parser.prog}: error: " + (f"process {rank()} of {world()}: " if rank() else "") + str(message), file=sys.stderr)
+    leave(code)
     return code
 
 
@@ -327,5 +341,6 @@ def make_parser(doc, **kwargs):
 
     class Parser(argparse.ArgumentParser):
         def error(self, message):     # one line, as for every other bad input
+            give_way()
             self.exit(2, f"{self.prog}: error: {message}; try --help\n")
     return Parser(description=doc, formatter_class=Formatter, **kwargs)

@@ -24,7 +24,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-from tasks import InputError, dumps, question_of
+from tasks import InputError, dumps, may_grade, question_of
 
 ATTEMPTS, TIMEOUT, LONGEST_WAIT, MAX_REPLY = 6, 120, 60, 16 << 20     # of a request: tries, seconds, seconds between tries, bytes
 QUESTION = """Two answers to one request follow. Say which of them serves the request better; helpfulness, truth and safety all count.
@@ -49,6 +49,34 @@ def average_orders(prob_b_ab, prob_b_ba):
     """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2): position bias cancels, and the
     inner brackets make it cancel exactly."""
     return (1 + (prob_b_ab - prob_b_ba)) / 2
+
+
+def measure(task, comparisons):
+    """What a file of comparisons says of its judge; accuracy only where references exist, and only for this summary.
+
+    flip_rate: share of asked pairs whose answer changes with the order. position_bias: mean of
+    |P(change | ab) - (1 - P(change | ba))| / 2, the part of a probability that the order alone decides.
+    accuracy: over the `decisive` pairs, of which exactly one side is right, how often the judge prefers it (0.5: half).
+    calibration: of the same pairs, ten bins of prob_b, each [mean prob_b, share of pairs whose B is the better, pairs]; a
+    reliability diagram's points (DeGroot & Fienberg 1983).
+    """
+    asked = [c for c in comparisons if not c["agree"]]
+    result = {"pairs": len(comparisons), "asked": len(asked), "flip_rate": None, "position_bias": None}
+    if asked and "shown" in asked[0]:       # a person is asked once
+        first = [c["prob_b"] == (c["shown"] == "ba") for c in asked if c["prob_b"] != 0.5]
+        result.update(unanswered=len(asked) - len(first), chose_first=sum(first) / len(first) if first else None)
+    elif asked:
+        result["flip_rate"] = sum((c["prob_b_ab"] - 0.5) * (c["prob_b_ba"] - 0.5) > 0 for c in asked) / len(asked)
+        result["position_bias"] = sum(abs(c["prob_b_ab"] - 1 + c["prob_b_ba"]) for c in asked) / 2 / len(asked)
+    sides = [[{**c, "completion": c[k]} for c in asked] for k in ("completion_a", "completion_b")]
+    if asked and may_grade(task, *sides):
+        graded = [(c["prob_b"], task.grade(a), task.grade(b)) for c, a, b in zip(asked, *sides)]
+        decisive = [(p, b > a) for p, a, b in graded if a != b]
+        right = [0.5 if p == 0.5 else float((p > 0.5) == b_right) for p, b_right in decisive]
+        bins = [[x for x in decisive if min(int(10 * x[0]), 9) == k] for k in range(10)]
+        result.update(decisive=len(decisive), accuracy=sum(right) / len(right) if right else None,
+                      calibration=[[*(sum(x) / len(x) for x in zip(*pairs)), len(pairs)] if pairs else [None, None, 0] for pairs in bins])
+    return result
 
 
 # ---------------------------------------------------------------- an endpoint

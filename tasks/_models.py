@@ -10,6 +10,7 @@ from pathlib import Path
 from tasks import InputError, question_of, warm
 from tasks._judges import Endpoint, is_url
 from tasks._memory import device_bytes
+from tasks._parallel import deliver, first, gathered, local_world, rank, world
 
 
 def pick_device(name):
@@ -17,6 +18,11 @@ def pick_device(name):
     device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    if device.type == "cuda" and world() > 1:       # a GPU for each process
+        if local_world() > torch.cuda.device_count():
+            raise InputError(f"{local_world()} processes on a machine with {torch.cuda.device_count()} GPUs")
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return device
 
 
@@ -54,11 +60,16 @@ def open_tokenizer(path, chat_template=False):
     return tokenizer
 
 
-def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **kwargs):
+def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, shards=False, **kwargs):
     """The model of a folder in bf16 on CUDA and fp32 elsewhere; its linear layers but the head in 4 bits if asked. What
-    adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters."""
+    adapters have changed is smaller than a step of 4 bits: a folder that has them is opened as its base and the adapters.
+
+    Of several processes only the first reads the weights, into main memory. Each then gets a copy on its device; with `shards`
+    none does, and `tasks._parallel.shard` deals the model out."""
     import torch
     import transformers
+    if load_in_4bit and shards and world() > 1:
+        raise InputError("--load-in-4bit trains in one process; several shard the weights instead, 16 bits each")
     adapters = read_adapters(path) if load_in_4bit else None
     if adapters:
         model = open_model(adapters.pop("base"), device, load_in_4bit=True)
@@ -68,30 +79,39 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, **
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()      # that the judge's head is new is no news
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    need, have = 0, device_bytes(device)
+    need, have, model = 0, device_bytes(device), None
     with torch.device("meta"), contextlib.suppress(ValueError):      # its size, before gigabytes are fetched and read
-        outline = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path), dtype=dtype)
-        need = sum(p.numel() for p in outline.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1)
+        model = getattr(transformers, auto).from_config(open_pretrained(transformers.AutoConfig, path, **kwargs), dtype=dtype)
+        need = sum(p.numel() for p in model.parameters()) * dtype.itemsize * (0.3 if load_in_4bit else 1) / (world() if shards else 1)
     if need > have:
         raise InputError(f"{path}: its weights alone take {need / 1e9:.3g} GB of the {have / 1e9:.3g} GB of {device}"
-                         + ("" if load_in_4bit else "; --load-in-4bit, with --lora-rank, takes a third"))
-    model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
-                                  output_loading_info=True, **kwargs)
-    if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
-        raise InputError(f"{path}: a judge, not a language model")
-    missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
-    if missing:
-        raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+                         + ("" if load_in_4bit else f" in each of {world()} processes; more share them" if shards and world() > 1 else
+                            "; --load-in-4bit, with --lora-rank, takes a third"))
+    if rank() == 0:
+        model, info = open_pretrained(getattr(transformers, auto), path, dtype=dtype, use_safetensors=True,
+                                      output_loading_info=True, **kwargs)
+        if auto == "AutoModelForCausalLM" and "SequenceClassification" in str(model.config.architectures):
+            raise InputError(f"{path}: a judge, not a language model")
+        missing = [name for name in info["missing_keys"] if not name.startswith(("score.", "pooler."))]     # heads that are new
+        if missing:
+            raise InputError(f"{path}: its weights lack {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
+    elif model is None:
+        raise InputError(f"{path}: not a model that {auto} opens")
     if load_in_4bit:
         import bitsandbytes as bnb
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)       # that it lacks faster kernels on a CPU
         for name, layer in inner_linears(model, "--load-in-4bit"):      # NF4 (QLoRA, arXiv 2305.14314), on the way to the device
+            deliver(layer, device)
             small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, bias=layer.bias is not None, compute_dtype=dtype,
                                       quant_type="nf4", device="meta")
             small.weight, small.bias = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4"), layer.bias
             small.support_avx512bf16_for_cpu = False        # that kernel has no gradient, and stays once a model was in eval mode
-            model.set_submodule(name, small)
-    return model.to(device)
+            model.set_submodule(name, small.to(device))
+    if world() == 1:
+        return model.to(device)
+    if not shards:
+        deliver(model, device)
+    return model
 
 
 def count_weights(model, trained=False):
@@ -131,10 +151,10 @@ def add_lora(model, rank):
     class LoraLinear(torch.nn.Module):
         def __init__(self, base):
             super().__init__()
-            self.base, where = base, dict(device=base.weight.device, dtype=torch.float32)
-            self.lora_A = torch.nn.Parameter(torch.empty(rank, base.in_features, **where))
-            self.lora_B = torch.nn.Parameter(torch.zeros(base.out_features, rank, **where))
-            torch.nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+            self.base, device = base, base.weight.device
+            a, b = torch.empty(rank, base.in_features), torch.zeros(base.out_features, rank)
+            torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)       # drawn in main memory: one process or several, the same
+            self.lora_A, self.lora_B = torch.nn.Parameter(a.to(device)), torch.nn.Parameter(b.to(device))
 
         def forward(self, x):
             return self.base(x) + 2 * (x @ self.lora_A.T.to(x.dtype)) @ self.lora_B.T.to(x.dtype)
@@ -150,24 +170,34 @@ def add_lora(model, rank):
 
 
 def save_model(model, tokenizer, folder):
-    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights. Of 4-bit weights it is their full
-    width, and the adapters stand beside it once more (open_model)."""
+    """A `save_pretrained` folder of model and tokenizer, adapters merged into the weights. The adapters stand beside it once more, for
+    those who open it in 4 bits (open_model), with those that its base was merged from. Of several processes the first writes; all wait."""
+    weights = gathered(model.state_dict(keep_vars=world() > 1))     # as variables: which of them are tied
+    first(lambda: _save_model(model, tokenizer, folder, weights))
+
+
+def _save_model(model, tokenizer, folder, weights):
+    import torch
     from safetensors.torch import save_file
-    state = {name.replace(".base.", "."): tensor for name, tensor in model.state_dict().items()
+    state = {name.replace(".base.", "."): tensor for name, tensor in weights.items()
              if "lora_" not in name and ".weight." not in name}      # weight.absmax, ...: what 4 bits are read by
-    adapters = {}
+    adapters, base = {}, model.name_or_path
     for name, layer in model.named_modules():
         if hasattr(layer, "lora_A"):
-            weight, quantized = layer.base.weight.detach(), getattr(layer.base.weight, "quant_state", None)
+            weight, quantized = weights[f"{name}.base.weight"].detach(), getattr(layer.base.weight, "quant_state", None)
             if quantized is not None:
                 import bitsandbytes as bnb
                 weight = bnb.functional.dequantize_4bit(weight, quantized)
-                adapters.update({f"{name}.lora_A": layer.lora_A.detach().cpu(), f"{name}.lora_B": layer.lora_B.detach().cpu()})
-            state[f"{name}.weight"] = (weight + 2 * (layer.lora_B @ layer.lora_A).detach()).to(weight.dtype).cpu()
+            a, b = weights[f"{name}.lora_A"].detach(), weights[f"{name}.lora_B"].detach()
+            adapters.update({f"{name}.lora_A": a.cpu(), f"{name}.lora_B": b.cpu()})
+            state[f"{name}.weight"] = (weight + 2 * (b @ a)).to(weight.dtype).cpu()
     model.save_pretrained(folder, state_dict=state)
     if adapters:
-        base = model.name_or_path
-        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": str(Path(base).resolve()) if Path(base).exists() else base})
+        before = read_adapters(base) or {}      # of a base that was itself trained with adapters: B A + B' A' = [B B'] [A A']
+        base = before.pop("base", str(Path(base).resolve()) if Path(base).exists() else base)
+        adapters = {name: torch.cat([before[name], value], 0 if name.endswith("A") else 1) if name in before else value
+                    for name, value in adapters.items()}
+        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": base})
     tokenizer.save_pretrained(folder)
 
 
@@ -206,7 +236,8 @@ def embed(embedder, texts, device):
     import torch
     if is_url(embedder):
         model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
-        return {text: torch.tensor(vector) for text, vector in Endpoint(embedder, model, "ILR_EMBEDDER").embeddings(texts).items()}
+        return {text: torch.tensor(vector) for text, vector in first(
+            lambda: Endpoint(embedder, model, "ILR_EMBEDDER").embeddings(texts)).items()}
     from tqdm import tqdm
     from transformers import AutoTokenizer
     tokenizer, found = open_pretrained(AutoTokenizer, embedder), {}
@@ -229,13 +260,15 @@ def embed(embedder, texts, device):
 def agreements(args, task, pairs):
     """Whether the two records of each pair give the same answer: by the task's rule; where it has none, if their texts are
     equal or their embeddings' cosine is above the median pair's (the release's experiments/ilr.py)."""
-    if hasattr(task, "agree"):
+    def by_rule():
         warm(task, *zip(*pairs))
         return [task.agree(a, b) for a, b in pairs]
+    if hasattr(task, "agree"):
+        return first(by_rule)
     if not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an --embedder")
     import torch
     vectors = embed(args.embedder, sorted({r["completion"] for pair in pairs for r in pair}), args.device)
     alike = [torch.cosine_similarity(vectors[a["completion"]], vectors[b["completion"]], dim=0).item() for a, b in pairs]
     median = statistics.median(alike)
-    return [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)]
+    return first(lambda: [a["completion"] == b["completion"] or x > median for (a, b), x in zip(pairs, alike)])

@@ -75,9 +75,10 @@ def processes(session):
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+            threads = len(os.listdir(stat.parent / "task"))      # a first thread that is dead waits for the others, who still hold the locks
         except OSError:
             continue
-        if int(sid) == session and state != "Z":
+        if int(sid) == session and (state != "Z" or threads > 1):
             found.append(int(stat.parent.name))
     return found
 

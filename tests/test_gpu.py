@@ -1,7 +1,10 @@
 """The stages on a CUDA device, in bf16 with their 8-bit optimizers. Skipped, and so never run, where there is none."""
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import rows, run
+from conftest import ROOT, rows, run
 
 import compare
 import dpo
@@ -26,6 +29,24 @@ def test_training_and_answers(tiny, problems, tmp_path, more):
     metrics = rows(tmp_path / "n/metrics.jsonl")
     # bf16 carries 3 digits: the log-probabilities of 60 tokens may be off by a few hundredths, times beta = 0.1
     assert metrics[0]["loss"] == pytest.approx(0.693147, abs=0.02) and metrics[-1]["rewards/margins"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_processes(tiny, problems, tmp_path):
+    """Sharded by NCCL in bf16, whose 3 digits differ with the order of the sums, and answers that are the same bytes."""
+    def start(*argv):
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, argv)], cwd=ROOT, check=True)
+    write_jsonl(tmp_path / "d.jsonl", problems)
+    train = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 4, "--lr", 1e-3, "--batch-size", 6]
+    start("sft.py", *train, "--out", tmp_path / "two")
+    run(sft, *train, "--optimizer", "adamw", "--out", tmp_path / "one")
+    assert [r["loss"] for r in rows(tmp_path / "two/metrics.jsonl")] == pytest.approx([r["loss"] for r in rows(tmp_path / "one/metrics.jsonl")], rel=0.02)
+    start("sft.py", *train, "--lora-rank", 4, "--gradient-checkpointing", "--out", tmp_path / "lora")
+    for more in ([], ["--load-in-4bit"]):
+        answer = ["--model", tmp_path / "lora", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 16, "--batch-size", 3, *more]
+        start("generate.py", *answer, "--out", tmp_path / f"two{len(more)}.jsonl")
+        run(generate, *answer, "--out", tmp_path / f"one{len(more)}.jsonl")
+        assert (tmp_path / f"two{len(more)}.jsonl").read_bytes() == (tmp_path / f"one{len(more)}.jsonl").read_bytes()
 
 
 def test_the_same_log_probabilities_as_on_the_cpu(tiny, tokenizer, problems):

@@ -31,14 +31,14 @@ def test_imports_go_one_way():
     assert edges == ALLOWED
     assert all("tasks" in imports_of(path) for path in files.values())
     for path in (ROOT / "tasks").glob("*.py"):
-        helper = path.stem in ("_memory", "_models")        # what trainers share; they import torch inside functions
+        helper = path.stem in ("_memory", "_models", "_parallel")        # what trainers share; they import torch inside functions
         assert not imports_of(path) & {*STAGES, *([] if helper else ["torch", "transformers"])}, path
 
 
 def test_importing_loads_no_library():
     heavy = ["torch", "transformers", "tokenizers", "bitsandbytes", "numpy", "matplotlib"]
     code = (f"import sys, {', '.join(STAGES)}\n" + "".join(f"import tasks.{t}\n" for t in tasks.TASKS)
-            + "import tasks._figures, tasks._judges, tasks._memory, tasks._methods, tasks._models, tasks._statistics\n" + f"print([m for m in {heavy} if m in sys.modules])")
+            + "import tasks._figures, tasks._judges, tasks._memory, tasks._methods, tasks._models, tasks._parallel, tasks._statistics\n" + f"print([m for m in {heavy} if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
 

@@ -13,6 +13,7 @@ import dpo
 import generate
 import sft
 from tasks import InputError, user_prompt, write_json, write_jsonl
+from tasks._models import read_adapters
 
 CPU = torch.device("cpu")
 QUESTION, ANSWERS = user_prompt("Two and two?\n  indented <s> </s>"), ["It is\n#### 4", "\nno idea", "  #### 5 <|im_end|>", "4"]
@@ -315,3 +316,20 @@ def test_four_bits_need_adapters(tiny, problems, tmp_path, stage):
     write_jsonl(tmp_path / "d.jsonl", problems[:2])
     with pytest.raises(InputError, match="4 bits cannot be trained"):
         run(stage, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--load-in-4bit", "--out", tmp_path / "m")
+
+
+def test_adapters_on_what_adapters_made(tiny, problems, tmp_path):
+    """The adapters beside a model that was trained from one with adapters lead from the first base to it: opened in 4 bits it is all of them."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    for base, out in ((tiny / "model", "m"), (tmp_path / "m", "n")):
+        run(sft, "--model", base, "--data", tmp_path / "d.jsonl", "--epochs", 3, "--lr", 0.01, "--lora-rank", 3, "--out", tmp_path / out)
+    adapters = read_adapters(tmp_path / "n")
+    assert adapters.pop("base") == str((tiny / "model").resolve())
+    before, after = load_file(tiny / "model/model.safetensors"), load_file(tmp_path / "n/model.safetensors")
+    for name in (n.removesuffix(".lora_A") for n in adapters if n.endswith("A")):
+        a, b = adapters[f"{name}.lora_A"], adapters[f"{name}.lora_B"]
+        assert len(a) == 6 and a.shape[0] == b.shape[1]
+        change = after[f"{name}.weight"] - before[f"{name}.weight"]
+        assert change.abs().max() > 1e-3 and torch.allclose(change, 2 * b @ a, atol=1e-5)
+    assert sum(p.numel() for n, p in sft.open_model(tmp_path / "n", torch.device("cpu"), load_in_4bit=True).named_parameters() if "lora_A" in n) == sum(
+        a.numel() for n, a in adapters.items() if n.endswith("A"))
