@@ -321,8 +321,8 @@ def draw(data, price, said):
 
     if methods:
         beside = [(name, over_seeds(tests[p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in tests]
-        save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds})", f"{what} (%)",
-             [(METHODS[m][0], m, summed({k: tests[p] for k, p in points_of(data, m).items()})) for m in methods], beside)
+        save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds if n == 1 or len(methods) < 5 else f'mean of {n} seeds'})",
+             f"{what} (%)", [(METHODS[m][0], m, summed({k: tests[p] for k, p in points_of(data, m).items()})) for m in methods], beside)
     if len(gains := [(c["a"], c["mean"], *widest(c), c["per_seed"]) for c in said if c["b"] == "SFT"]) > 2:
         save(_figures.gains, "gains.png", f"Gain over SFT ({n} seeds: mean, 95% interval)" if n > 1 else f"Gain over SFT ({seeds}: 95% interval)", f"points of {what}", gains)
     if series := labels_of(data):

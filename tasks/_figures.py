@@ -36,7 +36,7 @@ def save(figure, path, handles):
 
 def by_round(path, title, ylabel, series, lines):
     """series: (name, method, {round: (mean, half width or None, values of the seeds)}), whose round 0 is one and the same; lines:
-    horizontal, (name, value)."""
+    horizontal, (name, value). Of five series or more only the means, and no line far from them: they could not be told apart."""
     figure, (axes,) = canvas(1, title, *((6.4, 4.6) if len(series) < 5 else (8, 6)))
     handles = {}
     for k, (name, method, rounds) in enumerate(series):
@@ -46,12 +46,12 @@ def by_round(path, title, ylabel, series, lines):
         for x, (_, half, seeds) in rounds.items():
             if half is not None and (x or not k) and len(series) < 5:
                 axes.plot([at[x]] * len(seeds), seeds, marker, color=color, ms=3, alpha=0.4, mew=0)
-        halves = [half or 0 if x or not k else 0 for x, (_, half, _) in rounds.items()]
+        halves = [half or 0 if len(series) < 5 and (x or not k) else 0 for x, (_, half, _) in rounds.items()]
         handles[name] = axes.errorbar(at.values(), [mean for mean, _, _ in rounds.values()], halves, color=color, marker=marker, ls=dash, lw=1.6,
                                       elinewidth=1, capsize=2 if any(halves) else 0, zorder=3 - 0.1 * k)
     low, high = axes.get_ylim()
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
-        if len(series) < 5 or low < value < high:       # of many lines, room to tell them apart is worth more
+        if len(series) < 5 or low < value < high:
             handles[name] = axes.axhline(value, color=shade, ls=dash, lw=1.2)
         else:
             handles[f"{name.partition(' (')[0]} {value:.1f}"] = axes.plot([], [], color=shade, ls=dash, lw=1.2)[0]
