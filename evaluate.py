@@ -150,13 +150,15 @@ def sentence(claim):
 def findings(data):
     """[(what a finding says, its difference here, a verdict)] of those that the run can speak about: last rounds, the same
     intervals as the claims'."""
-    last = {"sft": "sft", "weak": "weak", **{m: list(points_of(data, m).values())[-1] for m in methods_of(data)}}
+    settings = data.get("settings", {})
+    weak = {} if settings.get("LABEL_NOISE") or settings.get("CLEAN_START") == "1" else {"weak": "weak"}     # who else wrote, or sorted, the labels?
+    last = {"sft": "sft", **weak, **{m: list(points_of(data, m).values())[-1] for m in methods_of(data)}}
     rows = []
     for what, a, b, better in FINDINGS:
         if found := a in last and b in last and paired(data["answers"], last[a], last[b]):
             low, high = widest(found)
             rows.append((what, f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})",
-                         "not established" if better and not found["established"] else
+                         ("not established" if better else "no gain established") if not found["established"] else
                          "holds" if better == (found["established"] and found["mean"] > 0) else "does not hold"))
     return rows
 
@@ -210,7 +212,7 @@ def caveats(data):
         ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
         ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
         ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"), ("LABEL_NOISE", "{:.0%} of the demonstrations are made wrong, the others references"))
-        if float(settings.get(key) or 0) > 0 and (key != "JUDGE_ACCURACY" or settings.get("JUDGE", "trained") == "trained")]
+        if (float(settings.get(key) or 0) > 0 or key == "LABEL_NOISE" and settings.get(key)) and (key != "JUDGE_ACCURACY" or settings.get("JUDGE", "trained") == "trained")]
     said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
             f"{n} seeds, each with data, a weak model and a judge of its own."
             + (" They are few: a bootstrap over them is too narrow, and Student's t leans on the normal." if n < 10 else "")]
@@ -255,8 +257,8 @@ def write_report(data, said, price, drawn):
         text.append("![gain over SFT, by method](gains.png)\n")
     if found := findings(data):
         text += ["## What the paper finds, here\n", table(["finding", "points, last rounds", "here"], found),
-                 "In parentheses, the wider ends of the two intervals. That something does not help holds where no gain is established; how large one "
-                 "may be all the same is the interval's upper end.\n"]
+                 "In parentheses, the wider ends of the two intervals. That something does not help holds where it is established to harm; where no gain is "
+                 "established, how large one may be all the same is the interval's upper end.\n"]
     text += [f"## {metric.capitalize()} by round\n", rounds,
              ("± is Student's 95% interval over the seeds" if n > 1 else "Brackets: Wilson's 95% interval over problems, not seeds or trainings")
              + "; SFT, on the unreliable labels, is round 0 of every method.\n",

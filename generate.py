@@ -20,7 +20,7 @@ from tasks import (BatchLog, InputError, amount, dumps, half_of, make_parser, pa
                    whole, write_json, write_jsonl)
 from tasks._memory import lacks_memory
 from tasks._models import count_weights, encode_prompt, open_model, open_tokenizer, pick_device
-from tasks._parallel import deal, rank
+from tasks._parallel import deal, first, rank
 
 
 def sample_uniforms(seed, id_, sample, count):
@@ -215,7 +215,7 @@ def main(args):
     if args.num_beams > 1 and args.temperature > 0:
         raise InputError("--num-beams above 1 goes with --temperature 0")
     for k, out in enumerate(args.out):
-        if len(args.out) > 1 and Path(out).exists():
+        if len(args.out) > 1 and first(lambda: Path(out).exists()):        # one answer for all: the first may have written it by then
             print(f"{out} exists and is left as it is")
         else:
             generate_file(args, *(values[k % len(values)] for values in (args.model, args.data)), out,

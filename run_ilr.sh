@@ -164,6 +164,7 @@ fi
 # MODEL starts a stage that needs a model. One process trains adapters on 4-bit weights if asked, several on 16-bit shards, and with
 # other optimizers than the 8-bit ones: so a run folder is of one process or of several, however many. Answers are of 4-bit weights.
 MODEL=("$PYTHON") ADAPTING=$LOADING
+[ -z "$LAUNCH" ] || [ "$NPROC" != 1 ] || { echo "run_ilr.sh: error: LAUNCH starts several processes: say how many, NPROC" >&2; exit 2; }
 if [ "$NPROC" != 1 ]; then
   if [ "$LAUNCH" ]; then MODEL=($LAUNCH); else MODEL+=(-m torch.distributed.run --standalone --nproc-per-node "$NPROC"); fi
   JOBS=1 ADAPTING="" PREFERRING=${PREFERRING/8bit/} PROCESSES=several VARIABLES+=" PROCESSES"

@@ -309,7 +309,7 @@ def run_stage(parser, main, argv=None):
         if "out of memory" in text:
             sys.exit(_fail(parser, f"{text} (lower --micro-tokens or --batch-size, or see --help for what else saves memory)", 1))
         if is_loss_of_another(e):
-            lost(parser.prog)
+            lost(parser.prog, text)
         raise
     except KeyboardInterrupt:
         sys.exit(_fail(parser, "interrupted; the same command continues where it stopped", 130))

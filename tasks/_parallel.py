@@ -65,10 +65,11 @@ def leave(code):
         os._exit(code)
 
 
-def lost(prog):
+def lost(prog, words=""):
+    """words: what the failed collective says, for it may be the cause itself: a network that no process reaches is nobody's end."""
     if rank() < 2:      # one of these is still there to say it
         print(f"{prog}: error: process {rank()} of {world()}: another process has failed; once its cause is mended the same command, with any "
-              "number of processes, continues from what was saved", file=sys.stderr)
+              "number of processes, continues from what was saved" + (f" ({words})" if words else ""), file=sys.stderr)
     leave(1)
 
 

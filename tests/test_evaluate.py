@@ -249,7 +249,7 @@ def test_a_claim_needs_every_interval(seeds, established):
 
 
 @pytest.mark.parametrize("sft, ilr, dpo, verdicts", [
-    (10, 20, 10, ["holds", "holds", "holds"]),                              # of 40: ILR gains, DPO neither gains nor loses
+    (10, 20, 10, ["holds", "no gain established", "holds"]),                # of 40: ILR gains, DPO neither gains nor loses
     (10, 11, 20, ["not established", "does not hold", "does not hold"]),    # a gain of one problem; DPO gains, and is above ILR
     (20, 10, 10, ["does not hold", "holds", "not established"])])           # ILR loses; DPO fails to improve by losing
 def test_findings_hold_or_not(sft, ilr, dpo, verdicts):
@@ -258,6 +258,17 @@ def test_findings_hold_or_not(sft, ilr, dpo, verdicts):
     found = {what: (points, verdict) for what, points, verdict in evaluate.findings({"answers": answers, "tests": answers})}
     assert [found[what][1] for what in ("ILR improves on SFT", "DPO fails to improve on SFT", "ILR improves on DPO")] == verdicts
     assert len(found) == 3 and found["ILR improves on SFT"][0].startswith(f"{100 * (ilr - sft) / 40:+.1f} (")
+
+
+@pytest.mark.parametrize("settings, said", [({}, True), ({"LABEL_NOISE": "", "CLEAN_START": "0"}, True), ({"CLEAN_START": "1"}, False),
+                                            ({"LABEL_NOISE": "0.3"}, False), ({"LABEL_NOISE": "0"}, False)])
+def test_labels_that_the_weak_model_did_not_write(run_folder, settings, said):
+    """Nothing is said of its labels then; and that all demonstrations are references is said, too."""
+    answers = {p: answers_of(*[["1" * k + "0" * (40 - k)]] * 3) for p, k in {"sft": 20, "weak": 10}.items()}
+    found = evaluate.findings({"answers": answers, "tests": answers, "settings": settings})
+    assert [verdict for _, _, verdict in found] == ["holds"] * said
+    said = " ".join(evaluate.caveats({**evaluate.collect(run_folder), "settings": settings}))
+    assert ("of the demonstrations are made wrong, the others references" in said) == bool(settings.get("LABEL_NOISE"))
 
 
 # ---------------------------------------------------------------- prices

@@ -260,6 +260,13 @@ def test_run_ilr_starts_model_stages_by_torchrun():
     assert many > 10 and any("generate.py" in b and "--load-in-4bit" in b for b in eight)
 
 
+def test_run_ilr_does_not_ignore_what_is_to_start_several():
+    """LAUNCH without NPROC would train in one process, on 4-bit weights and with 8-bit optimizers, and say nothing."""
+    done = subprocess.run(["bash", "run_ilr.sh", "gsm8k-70b", "--dry-run"], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "LAUNCH": "srun torchrun --nnodes 2 --nproc-per-node 8"})
+    assert (done.returncode, done.stdout) == (2, "") and "LAUNCH starts several processes" in done.stderr
+
+
 def test_run_ilr_shows_the_line_of_the_stage_that_failed(tmp_path):
     done = subprocess.run(["bash", "run_ilr.sh"], cwd=ROOT, capture_output=True, text=True, timeout=120, env={
         **os.environ, "NPROC": "2", "PYTHON": sys.executable, "OUT": str(tmp_path / "run"), "WEAK_MODEL": str(tmp_path / "nowhere"),

@@ -217,6 +217,24 @@ def test_noise_is_of_the_share_and_kind_asked_for(tmp_path):
     with pytest.raises(InputError, match="10 of 40 labels are wrong, fewer than 30.0%"):
         noise(0.3, "systematic")
     assert not (tmp_path / "0.3_systematic_0.jsonl").exists()
+    with pytest.raises(InputError, match="1 of 40 labels to make wrong are too few"):
+        noise(0.025, "symmetric")       # alone it would get its own reference, and be right
+
+
+def test_noise_is_wrong_where_problems_share_an_answer_and_is_trained_on():
+    """Another problem's reference is no error where the answer is the same; a label that cannot be parsed is none that SFT would see."""
+    labels = [{"id": i, "prompt": "p", "completion": "no idea" if i < 20 else "#### 77", "reference": str(i % 3)} for i in range(60)]
+    gold = {r["id"]: f"{r['id']}: #### {r['reference']}" for r in labels}
+    for seed in range(5):
+        new = refine.noisy(arithmetic, labels, gold, 0.5, "symmetric", seed)
+        wrong = [r for r in new if not arithmetic.grade(r)]
+        assert len(wrong) == 30 and all(r["source"] == "noise" for r in wrong) and sorted(r["completion"] for r in new) == sorted(gold.values())
+        wrong = [r for r in refine.noisy(arithmetic, labels, gold, 0.5, "systematic", seed) if not arithmetic.grade(r)]
+        assert len(wrong) == 30 and all(arithmetic.is_well_formed(r["completion"]) for r in wrong)
+    with pytest.raises(InputError, match="40 of 60 labels are wrong, fewer than 75.0%"):
+        refine.noisy(arithmetic, labels, gold, 0.75, "systematic", 0)
+    with pytest.raises(InputError, match="too alike"):
+        refine.noisy(arithmetic, [{**r, "reference": "0"} for r in labels], dict.fromkeys(gold, "#### 0"), 0.5, "symmetric", 0)
 
 
 # ---------------------------------------------------------------- baselines on the same comparisons
