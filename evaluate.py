@@ -2,7 +2,7 @@
 
     python evaluate.py grade --task arithmetic --data answers.jsonl [--out graded.jsonl]     # prints accuracy, 95% interval
     python evaluate.py pick --task arithmetic --data s1.jsonl s2.jsonl --models m1 m2 --accuracy 0.5 --out labeler
-    python evaluate.py report runs/arithmetic                                           # report.md, .html, .json, 4 figures
+    python evaluate.py report runs/arithmetic                                           # report.md, .html, .json, figures
     python evaluate.py config runs/x TASK=arithmetic ROUNDS=3 ...                       # run_ilr.sh: write or check config.json
 
 The report reads graded answers, summaries, prices and times of every seed that is there; a number that a run has not
@@ -88,6 +88,9 @@ def config(args):
         if changed:
             raise InputError(f"{args.run} was begun under another configuration: {'; '.join(changed)}. "
                              "Set OUT to a new folder, or restore what changed")
+        for k in MAY_GROW:      # a start that asks for less takes nothing away
+            old, new = ((c["settings"].get(k) or "").split() for c in (read_json(path), now))
+            now["settings"][k] = " ".join(dict.fromkeys(old + new)) if k in ("SEEDS", "METHODS") else str(max(map(int, old + new)))
     write_json(path, now)
 
 

@@ -17,7 +17,9 @@ for word in "$@"; do
     --dry-run) DRY=1 ;;
     --help|-h) HELP=1 ;;
     -*) echo "run_ilr.sh: error: unknown option $word; try --help" >&2; exit 2 ;;
-    *) TASK=$word ;;
+    *=*) echo "run_ilr.sh: error: $word: variables go first: $word bash run_ilr.sh" >&2; exit 2 ;;
+    *) [ -z "${GIVEN:-}" ] || { echo "run_ilr.sh: error: two tasks, $GIVEN and $word: one run is of one" >&2; exit 2; }
+      GIVEN=$word TASK=$word ;;
   esac
 done
 
@@ -26,9 +28,7 @@ TASK=${TASK:-arithmetic}          # a file of tasks/, or gsm8k-70b
 PRESET=$TASK TASK=${TASK/#gsm8k-70b/gsm8k}
 OUT=${OUT:-runs/$PRESET}          # the run folder
 SEEDS=${SEEDS:-0}                 # data seeds, one after the other
-METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive (ILR that replaces a random share, without a judge), and baselines: on ILR's comparisons
-                                  # dpo-labels filter rft steer, on its half-models ensemble, on DPO's comparisons sft-chosen, on none spin;
-                                  # DPO that reads the judge as the release does (both orders the same) dpo-release, or tosses a coin dpo-coin
+METHODS=${METHODS:-ilr dpo}       # of: ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin (README, Baselines)
 ROUNDS=${ROUNDS:-3}
 RETRAINS=${RETRAINS:-1}           # trainings per reported point, with different data orders
 EVAL=${EVAL:-test}                # test, or validation while choosing settings
@@ -39,7 +39,7 @@ DPO_LOSS=${DPO_LOSS:-sigmoid}     # or cdpo, rdpo (both told of the judge's erro
 DPO_NLL=${DPO_NLL:-0}             # weight of the chosen answers' likelihood in DPO's loss
 JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an OpenAI-compatible endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
-JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of its answers that are turned round,
+JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of the judge's answers that are turned round
 LABEL_NOISE=${LABEL_NOISE:-}      # demonstrations are references, this share of them wrong; empty: the weak model's
 FLIP_KIND=${FLIP_KIND:-symmetric} # both by chance (symmetric), or all answers about the same problems, and labels as the weak model errs (systematic)
 SECONDS_PER_PAIR=${SECONDS_PER_PAIR:-60}   # what a person has for each answer
@@ -109,7 +109,10 @@ JUDGE_BATCH JUDGE_OPTIMIZER JUDGE_WRONG JUDGE_ACCURACY CHOSEN_LR DPO_LR DPO_EPOC
 if [ "${HELP:-0}" = 1 ]; then
   sed -n '2,9s/^# \{0,1\}//p' "$0"
   echo; echo "Variables and their present values:"
-  for name in OUT $VARIABLES JOBS NPROC LAUNCH STATE_EVERY BASES PYTHON; do printf '  %-16s %s\n' "$name" "${!name}"; done
+  for name in OUT $VARIABLES JOBS NPROC LAUNCH STATE_EVERY BASES PYTHON; do
+    means=$(grep -oE "^ *$name=.*# .*" "$0" | head -n 1 | sed 's/.*# //' || true)      # said where it is set
+    printf '  %-16s %s%s\n' "$name" "${!name}" "${means:+   # $means}"
+  done
   exit
 fi
 check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anything is written
@@ -121,7 +124,7 @@ check() {     # check REGEX WHAT NAMES...: refuse a mistyped setting before anyt
 check '[1-9]' 'a digit from 1 to 9' JOBS
 check '[1-9][0-9]*' 'a whole number above 0' NPROC ROUNDS RETRAINS THREADS TRAIN TEST WEAK_EPOCHS WEAK_BATCH \
   SFT_EPOCHS SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH DPO_SAMPLES
-check '[0-9]+( +[0-9]+)*' 'whole numbers' SEEDS
+check '[0-9]+( +[0-9]+)*' 'whole numbers with spaces between' SEEDS
 check '[1-9]0( +[1-9]0)*' 'tens below 100' CHECKPOINTS
 check '(0(\.[0-9]+)?|1(\.0+)?)' 'a share between 0 and 1' ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS
 check '[0-9]*\.?[0-9]*[1-9][0-9]*(e-?[0-9]+)?' 'a number above 0' BETA
@@ -145,7 +148,7 @@ if [ "$TASK" = saferpaca ]; then
 fi
 check "($EVALS)" "one of ${EVALS//|/, }" EVAL
 ALL_METHODS="ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin"      # one that is read from first
-check "(${ALL_METHODS// /|})( +(${ALL_METHODS// /|}))*" "some of ${ALL_METHODS// /, }" METHODS
+check "(${ALL_METHODS// /|})( +(${ALL_METHODS// /|}))*" "some of these, with spaces between: $ALL_METHODS" METHODS
 for method in $METHODS; do       # whose files a baseline reads
   case $method in dpo-labels|filter|rft|steer|ensemble) source=ilr ;; sft-chosen) source=dpo ;; *) source=$method ;; esac
   [[ " $METHODS " = *" $source "* ]] || { echo "run_ilr.sh: error: METHODS: $method needs $source beside it" >&2; exit 2; }
