@@ -88,9 +88,9 @@ def config(args):
         if changed:
             raise InputError(f"{args.run} was begun under another configuration: {'; '.join(changed)}. "
                              "Set OUT to a new folder, or restore what changed")
-        for k in MAY_GROW:      # a start that asks for less takes nothing away
-            old, new = ((c["settings"].get(k) or "").split() for c in (read_json(path), now))
-            now["settings"][k] = " ".join(dict.fromkeys(old + new)) if k in ("SEEDS", "METHODS") else str(max(map(int, old + new)))
+        for k in [k for k in MAY_GROW if all(k in settings for settings in flat)]:      # a start that asks for less takes nothing back
+            values = f"{flat[0][k]} {flat[1][k]}".split()
+            now["settings"][k] = " ".join(dict.fromkeys(values)) if k in ("SEEDS", "METHODS") else str(max(map(int, values)))
     write_json(path, now)
 
 
