@@ -254,7 +254,7 @@ def make_comparisons(args, task):
 
 def score(args):
     task = get_task(args.task)
-    refuse_existing(args.out)
+    first(lambda: refuse_existing(args.out))
     if world() > 1 and (args.judge in ("oracle", "human") or is_url(args.judge)):
         raise InputError(f"--judge {args.judge} runs no model here: start it without torchrun")
     rows = make_comparisons(args, task)
