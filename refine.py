@@ -163,8 +163,8 @@ def vote(task, labels, samples):
 
 def noisy(task, labels, gold, wrong_share, kind, seed):
     """Demonstrations with a given error: the references {id: completion} of `labels`, but for round(wrong_share n) of them, drawn from
-    the seed. Those get each other's (symmetric label noise: any other label), or keep the wrong answer that can be parsed which the weak
-    model gave them (systematic: like problems err alike). Raises InputError where the weak model made fewer errors than that, or they are too few, or too alike, to swap."""
+    the seed. Those get any other one's that is wrong for them (symmetric label noise), or keep the wrong answer, one that can be parsed,
+    which the weak model gave them (systematic: like problems err alike). Raises InputError where there are not so many errors to be had."""
     order, k = [r["id"] for r in labels], round(wrong_share * len(labels))
     random.Random(dumps([seed, "noise"])).shuffle(order)
     new = {r["id"]: {**r, "completion": gold[r["id"]], "source": "gold"} for r in labels}
@@ -175,19 +175,13 @@ def noisy(task, labels, gold, wrong_share, kind, seed):
             raise InputError(f"{len(wrong)} of {len(labels)} labels are wrong, fewer than {wrong_share:.1%}: no systematic noise of that share (labels "
                              "that cannot be parsed do not count: SFT leaves them out)")
         new.update({i: wrong[i] for i in [i for i in order if i in wrong][:k]})
-    elif k:
-        giver = order[1:k] + order[:1]
-        graded = may_grade(task, [{**new[i], "completion": gold[j]} for i, j in zip(order, giver)])
-
-        def right(i, j):        # two problems may have the same answer: then the other's is no error
-            return gold[i] == gold[j] or graded and task.grade({**new[i], "completion": gold[j]}) > 0.5
-        for x in range(k):
-            if right(order[x], giver[x]):
-                y = next((y for y in range(k) if not right(order[x], giver[y]) and not right(order[y], giver[x])), None)
-                if y is None:
-                    raise InputError(f"{k} of {len(labels)} labels to make wrong are too few, or too alike, to swap their references")
-                giver[x], giver[y] = giver[y], giver[x]
-        new.update({i: {**new[i], "completion": gold[j], "source": "noise"} for i, j in zip(order, giver)})
+    else:
+        rng = random.Random(dumps([seed, "noise", "giver"]))
+        for i in order[:k]:
+            tries = ({**new[i], "completion": gold[rng.choice(order)], "source": "noise"} for _ in range(100))
+            new[i] = next((r for r in tries if r["completion"] != gold[i] and not (may_grade(task, [r]) and task.grade(r) > 0.5)), None)
+            if new[i] is None:       # two problems may have the same answer: then the other's is no error
+                raise InputError(f"the {len(labels)} references are too few, or too alike, to be each other's errors")
     return list(new.values())
 
 

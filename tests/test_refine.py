@@ -209,7 +209,7 @@ def test_noise_is_of_the_share_and_kind_asked_for(tmp_path):
         assert [r["id"] for r in new] == list(range(40)) and all(set(r) == {*gold[0], "source"} for r in new)
         return new, {r["id"] for r in new if not arithmetic.grade(r)}
     new, wrong = noise(0.3, "symmetric")
-    assert len(wrong) == 12 and sorted(r["completion"] for r in new) == sorted(r["completion"] for r in gold)      # they have each other's
+    assert len(wrong) == 12 and {r["completion"] for r in new} <= {r["completion"] for r in gold}       # wrong for them, right for another
     assert {r["id"] for r in new if r["source"] == "noise"} == wrong != noise(0.3, "symmetric", 1)[1]
     new, wrong = noise(0.2, "systematic")
     assert len(wrong) == 8 and all(new[i] == weak[i] for i in wrong) and all(i % 4 == 0 for i in wrong)
@@ -217,8 +217,7 @@ def test_noise_is_of_the_share_and_kind_asked_for(tmp_path):
     with pytest.raises(InputError, match="10 of 40 labels are wrong, fewer than 30.0%"):
         noise(0.3, "systematic")
     assert not (tmp_path / "0.3_systematic_0.jsonl").exists()
-    with pytest.raises(InputError, match="1 of 40 labels to make wrong are too few"):
-        noise(0.025, "symmetric")       # alone it would get its own reference, and be right
+    assert len(noise(0.025, "symmetric")[1]) == 1 and len(noise(1, "symmetric")[1]) == 40
 
 
 def test_noise_is_wrong_where_problems_share_an_answer_and_is_trained_on():
@@ -228,7 +227,7 @@ def test_noise_is_wrong_where_problems_share_an_answer_and_is_trained_on():
     for seed in range(5):
         new = refine.noisy(arithmetic, labels, gold, 0.5, "symmetric", seed)
         wrong = [r for r in new if not arithmetic.grade(r)]
-        assert len(wrong) == 30 and all(r["source"] == "noise" for r in wrong) and sorted(r["completion"] for r in new) == sorted(gold.values())
+        assert len(wrong) == 30 and all(r["source"] == "noise" for r in wrong) and {r["completion"] for r in new} <= {*gold.values()}
         wrong = [r for r in refine.noisy(arithmetic, labels, gold, 0.5, "systematic", seed) if not arithmetic.grade(r)]
         assert len(wrong) == 30 and all(arithmetic.is_well_formed(r["completion"]) for r in wrong)
     with pytest.raises(InputError, match="40 of 60 labels are wrong, fewer than 75.0%"):
