@@ -211,11 +211,12 @@ def caveats(data):
     settings, tests, n = data["settings"], data["tests"], len(data["seeds"])
     trainings = {len(v) for by_seed in tests.values() for v in by_seed.values()}
     first = {s: retrains[:1] for s, retrains in data["answers"].get("sft", {}).items()}
+    unused = ["WEAK_ACCURACY"] * bool(settings.get("LABEL_NOISE")) + ["JUDGE_ACCURACY"] * (settings.get("JUDGE", "trained") != "trained")
     dialed = [what.format(float(settings[key])) for key, what in (
         ("WEAK_ACCURACY", "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
         ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
         ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"), ("LABEL_NOISE", "{:.0%} of the demonstrations are made wrong, the others references"))
-        if (float(settings.get(key) or 0) > 0 or key == "LABEL_NOISE" and settings.get(key)) and (key != "JUDGE_ACCURACY" or settings.get("JUDGE", "trained") == "trained")]
+        if (float(settings.get(key) or 0) > 0 or key == "LABEL_NOISE" and settings.get(key)) and key not in unused]
     said = ["One seed, one draw of data, weak model and judge: nothing here says what another would give." if n == 1 else
             f"{n} seeds, each with data, a weak model and a judge of its own."
             + (" They are few: a bootstrap over them is too narrow, and Student's t leans on the normal." if n < 10 else "")]

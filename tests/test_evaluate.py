@@ -438,6 +438,7 @@ def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
      ["stops at", "oracle"]),
     ({"TASK": "gsm8k", "JUDGE_ACCURACY": "0.8", "EVAL": "validation"}, ["stops at 80%", "validation problems"], ["trained here", "nearest"]),
     ({"JUDGE": "oracle", "CLEAN_START": "1", "JUDGE_FLIPS": "0"}, ["oracle", "dropped before SFT"], ["dialed", "the loss"]),
+    ({"LABEL_NOISE": "0.3", "WEAK_ACCURACY": "0.45"}, ["30% of the demonstrations are made wrong"], ["nearest to 45%"]),
     ({"JUDGE_FLIPS": "0.3", "DPO_LOSS": "rdpo"}, ["dialed: 30% of the judge's answers are turned round", "the loss rdpo"], ["oracle"])])
 def test_caveats_are_those_of_the_run(run_folder, settings, said, unsaid):
     write_json(run_folder / "config.json", {"settings": settings})
