@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tasks import (TASKS, InputError, _figures, get_task, make_parser, read_json, read_jsonl, refuse_existing, run_stage, share, warm,
                    write_json, write_jsonl, write_text)
-from tasks._methods import FINDINGS, METHODS, PRICES, labels_of, methods_of, number, points_of, prices, within
+from tasks._methods import FINDINGS, METHODS, PRICES, labels_of, last_of, methods_of, number, points_of, prices, within
 from tasks._statistics import over_seeds, paired, reliability, seed_means, widest, wilson
 
 MAY_GROW = ("ROUNDS", "SEEDS", "METHODS", "RETRAINS")      # settings that add work and change none
@@ -124,7 +124,7 @@ def collect(run):
 def claims(data):
     """The comparisons of the report, `paired` and named: last rounds against SFT, ILR's against the others' and DPO's best, DPO's
     against DPO that reads its judge otherwise."""
-    last = {m: list(points_of(data, m).items())[-1] for m in methods_of(data)}
+    last = last_of(data)
     names = {m: f"{METHODS[m][0]} (round {k})" for m, (k, _) in last.items()}
     wanted = [(names[m], last[m][1], "SFT", "sft") for m in last]
     if "ilr" in last:
@@ -155,14 +155,14 @@ def findings(data):
     intervals as the claims'."""
     settings = data.get("settings", {})
     weak = {} if settings.get("LABEL_NOISE") or settings.get("CLEAN_START") == "1" else {"weak": "weak"}     # who else wrote, or sorted, the labels?
-    last = {"sft": "sft", **weak, **{m: list(points_of(data, m).values())[-1] for m in methods_of(data)}}
+    last = {"sft": "sft", **weak, **{m: point for m, (_, point) in last_of(data).items()}}
     rows = []
     for what, a, b, better in FINDINGS:
         if found := a in last and b in last and paired(data["answers"], last[a], last[b]):
             low, high = widest(found)
             rows.append((what, f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})",
                          ("not established" if better else "no gain established") if not found["established"] else
-                         "holds" if better == (found["established"] and found["mean"] > 0) else "does not hold"))
+                         "holds" if better == (found["mean"] > 0) else "does not hold"))
     return rows
 
 
@@ -233,7 +233,7 @@ def caveats(data):
         said.append(f"Not every point has all {n} seeds: {', '.join(missing)}.")
     if trainings == {1}:
         said.append("One training a point: how much retraining alone would change a number is not measured.")
-    elif "dpo" in methods_of(data) and (found := paired({**data["answers"], "start": first}, list(points_of(data, "dpo").values())[-1], "start")):
+    elif "dpo" in methods_of(data) and (found := paired({**data["answers"], "start": first}, last_of(data)["dpo"][1], "start")):
         said.append(f"DPO starts from SFT's first training: its last round minus that one alone is {found['mean']:+.1f} points (bootstrap "
                     f"{found['bootstrap'][0]:+.1f} to {found['bootstrap'][1]:+.1f}).")
     return said
@@ -327,7 +327,7 @@ def draw(data, price, said):
 
     if methods:
         beside = [(name, over_seeds(tests[p])[0]) for p, name in (("weak", "weak model alone"), ("gold", "ceiling (gold labels)")) if p in tests]
-        save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds if n == 1 or len(methods) < 5 else f'mean of {n} seeds'})",
+        save(_figures.by_round, "test_accuracy.png", f"{what.capitalize()} per round ({seeds if n == 1 or len(methods) < _figures.MANY else f'mean of {n} seeds'})",
              f"{what} (%)", [(METHODS[m][0], m, summed({k: tests[p] for k, p in points_of(data, m).items()})) for m in methods], beside)
     if len(gains := [(c["a"], c["mean"], *widest(c), c["per_seed"]) for c in said if c["b"] == "SFT"]) > 2:
         save(_figures.gains, "gains.png", f"Gain over SFT ({n} seeds: mean, 95% interval)" if n > 1 else f"Gain over SFT ({seeds}: 95% interval)", f"points of {what}", gains)

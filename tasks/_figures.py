@@ -10,6 +10,8 @@ STYLES = {"ilr": ("#12427e", "o", "-"), "dpo": ("#d9722e", "s", "--"), "naive": 
           "ensemble": ("#8f8f8f", "*", (0, (4, 1, 1, 1))), "steer": ("#111111", "<", (0, (1, 1))), "spin": ("#e08fb4", ">", (0, (5, 4))),
           "dpo-release": ("#7a4a1e", "p", (0, (3, 2, 1, 2))), "dpo-coin": ("#b5b56a", "h", (0, (1, 4)))}
 
+MANY = 5        # series of a figure from which on only their means are drawn: with intervals they could not be told apart
+
 
 def canvas(panels, title, width=6.4, height=4.6):
     """(figure, axes) with a title; matplotlib is loaded where something is drawn."""
@@ -36,22 +38,22 @@ def save(figure, path, handles):
 
 def by_round(path, title, ylabel, series, lines):
     """series: (name, method, {round: (mean, half width or None, values of the seeds)}), whose round 0 is one and the same; lines:
-    horizontal, (name, value). Of five series or more only the means, and no line far from them: they could not be told apart."""
-    figure, (axes,) = canvas(1, title, *((6.4, 4.6) if len(series) < 5 else (8, 6)))
-    handles = {}
+    horizontal, (name, value). Of MANY series only the means, and no line far from them."""
+    few, handles = len(series) < MANY, {}
+    figure, (axes,) = canvas(1, title, *((6.4, 4.6) if few else (8, 6)))
     for k, (name, method, rounds) in enumerate(series):
         color, marker, dash = STYLES[method]
         shift = min(0.1, 0.7 / len(series)) * (k + 0.5 - len(series) / 2)        # side by side, so that no bar hides another
         at = {x: x + shift if x else 0 for x in rounds}
         for x, (_, half, seeds) in rounds.items():
-            if half is not None and (x or not k) and len(series) < 5:
+            if half is not None and (x or not k) and few:
                 axes.plot([at[x]] * len(seeds), seeds, marker, color=color, ms=3, alpha=0.4, mew=0)
-        halves = [half or 0 if len(series) < 5 and (x or not k) else 0 for x, (_, half, _) in rounds.items()]
+        halves = [half or 0 if few and (x or not k) else 0 for x, (_, half, _) in rounds.items()]
         handles[name] = axes.errorbar(at.values(), [mean for mean, _, _ in rounds.values()], halves, color=color, marker=marker, ls=dash, lw=1.6,
                                       elinewidth=1, capsize=2 if any(halves) else 0, zorder=3 - 0.1 * k)
     low, high = axes.get_ylim()
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55"))):
-        if len(series) < 5 or low < value < high:
+        if few or low < value < high:
             handles[name] = axes.axhline(value, color=shade, ls=dash, lw=1.2)
         else:
             handles[f"{name.partition(' (')[0]} {value:.1f}"] = axes.plot([], [], color=shade, ls=dash, lw=1.2)[0]

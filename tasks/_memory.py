@@ -63,9 +63,9 @@ def check_memory(model, optimizers, args, device, labelled):
     ways = [("--gradient-checkpointing", fixed + activations(checkpointing=True)),
             *((f"--gradient-checkpointing --row-tokens {min(n, row)} --micro-tokens {n}", fixed + activations(n, True)) for n in (2048, 1024, 512))]
     if hasattr(args, "lora_rank"):
-        ways += [("--gradient-checkpointing --lora-rank 64", weights + gathered + adapters + activations(checkpointing=True)),
-                 *[("--gradient-checkpointing --lora-rank 64 --load-in-4bit", weights * 0.6 / size + adapters + activations(checkpointing=True))] *
-                 (world() == 1)]
+        ways.append(("--gradient-checkpointing --lora-rank 64", weights + gathered + adapters + activations(checkpointing=True)))
+        if world() == 1:
+            ways.append(("--gradient-checkpointing --lora-rank 64 --load-in-4bit", weights * 0.6 / size + adapters + activations(checkpointing=True)))
     need = fixed + activations()
     line = (f"memory: weights {weights / 1e9:.3g} + gradients {gradients / 1e9:.3g} + optimizer {optimizer / 1e9:.3g} + activations "
             f"{activations() / 1e9:.3g}" + (f" + gathered {gathered / 1e9:.3g}" if gathered else "") + f" = {need / 1e9:.3g} of {have / 1e9:.3g} GB"

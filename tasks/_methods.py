@@ -47,6 +47,11 @@ def methods_of(data):
     return [m for m in METHODS if set(points_of(data, m)) - {0}]
 
 
+def last_of(data):
+    """{method: (round, point)} of the last round of each method."""
+    return {m: list(points_of(data, m).items())[-1] for m in methods_of(data)}
+
+
 def labels_of(data):
     """{method: {round: {seed: [share correct]}}} of the methods that refine labels; round 0 is what SFT trains on."""
     start = next((data["labels"][p] for p in ("noise", "clean", "weak") if p in data["labels"]), {})
