@@ -1,17 +1,20 @@
 """BIRD (Li et al., 2023): a question, a schema and a hint -> SQL, graded by what it returns.
 
-    export ILR_BIRD_DATABASES=folder                             # folder/<db>/<db>.sqlite, from https://bird-bench.github.io
-    python tasks/bird.py --out data --data-dir folder --seed 0   # folder/train.jsonl, test.jsonl: question, answer, db_name
+    export ILR_BIRD_DATABASES=databases     # databases/<db>/<db>.sqlite
+    python tasks/bird.py --out data --data-dir folder --seed 0
 
-What --data-dir lacks comes from the paper's release (needs pyarrow); the databases do not.
+The databases are at https://bird-bench.github.io. folder/train.jsonl and folder/test.jsonl hold
+question, answer and db_name. A file that --data-dir lacks is taken from the paper's release (needs
+pyarrow).
 
-A completion is right if it returns the same set of rows as the reference, within ILR_SQL_TIMEOUT (30) seconds: order and
-repetitions of rows do not count, the order of columns does (BIRD's rule). What the references return is computed here, once, and
-goes along as `reference_result`.
+A completion is right if it returns the same set of rows as the reference within ILR_SQL_TIMEOUT
+(30) seconds. As in BIRD, order and repetitions of rows do not count, the order of columns does.
+The results of the references are computed here, once, and stored as `reference_result`.
 
-Model-written SQL is hostile. It runs in processes of its own, as many as cores, that open the database read-only, may only
-select, and are bounded in time, memory, rows and size of a value; one that hangs is killed. In the paper's release it runs in the
-trainer with write access.
+SQL written by a model is not trusted. It runs in separate processes, one per core. They open the
+database read-only, allow only SELECT, and limit time, memory, number of rows and size of a value.
+A process that hangs is killed. Unlike this, the paper's release runs the SQL in the trainer, with
+write access.
 """
 import hashlib
 import json
@@ -26,40 +29,58 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import InputError, add_data_flags, from_release, make_parser, read_jsonl, run_stage, user_prompt, write_jsonl, write_training
+from core.cli import make_parser, run_stage
+from core.download import from_release
+from core.records import InputError, read_jsonl, write_jsonl
+from core.tokens import user_prompt
+from tasks import add_data_flags, check_data_flags, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 4096, 256
 FIELDS = "db", "reference_result"
-BLOBS = {"train": "a610c90f212b4952f65db29db17e80e42edf1d83", "test": "d59632acfb7312ee7ee72de47a7a24e6954ccf89"}     # git's names
-MAX_ROWS, MAX_VALUE, MAX_MEMORY = 1_000_000, 10_000_000, 4 << 30     # rows; bytes of a text or blob; bytes of a process
-GRACE = 10       # seconds after which a process is killed whose query should have been stopped already
+BLOBS = {"train": "a610c90f212b4952f65db29db17e80e42edf1d83",        # git's names of the files
+         "test": "d59632acfb7312ee7ee72de47a7a24e6954ccf89"}
+MAX_ROWS = 1_000_000
+MAX_VALUE, MAX_MEMORY = 10_000_000, 4 << 30     # bytes: of a text or blob; of a process
+GRACE = 10       # seconds after the time limit until a process that does not stop is killed
+ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
+           sqlite3.SQLITE_RECURSIVE}
 FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
 
-# ---------------------------------------------------------------- in the worker
+# ---------------------------------------------------------------- in the worker process
 def open_database(path):
     """A connection that can read the database and nothing else."""
     connection = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
     for pragma in ("query_only = ON", "trusted_schema = OFF", "temp_store = MEMORY"):
         connection.execute(f"PRAGMA {pragma}")
-    for limit, value in ((sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE), (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
-                         (sqlite3.SQLITE_LIMIT_ATTACHED, 0), (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200)):
+    for limit, value in ((sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE),
+                         (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
+                         (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
+                         (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200)):
         connection.setlimit(limit, value)
-    allowed = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
-    connection.set_authorizer(lambda action, first, second, *_: sqlite3.SQLITE_OK if action in allowed and not (
-        action == sqlite3.SQLITE_FUNCTION and str(second).lower() in FORBIDDEN) else sqlite3.SQLITE_DENY)
+
+    def authorize(action, _, name, *__):      # name: of the function, if the action is to call one
+        if action == sqlite3.SQLITE_FUNCTION and str(name).lower() in FORBIDDEN:
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY
+    connection.set_authorizer(authorize)
     connection.text_factory = lambda data: data.decode("utf-8", "replace")
     return connection
 
 
 def digest(rows):
-    """One text for equal sets of rows: 1 and 1.0 are equal, as they are in Python."""
-    rows = {tuple(int(x) if isinstance(x, float) and x.is_integer() else x for x in row) for row in rows}
-    return hashlib.sha256("\n".join(sorted(map(repr, rows))).encode("utf-8", "replace")).hexdigest()
+    """A hash, the same for equal sets of rows: 1 and 1.0 are equal, as they are in Python."""
+    def plain(value):
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+    texts = sorted(map(repr, {tuple(map(plain, row)) for row in rows}))
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()
 
 
 def execute(path, sql, seconds):
-    """The digest of what a query returns. Raises sqlite3.Error, or ValueError for no query and for too many rows."""
+    """The digest of a query's result.
+
+    Raises sqlite3.Error, or ValueError if the text is no query or returns too many rows.
+    """
     connection = open_database(path)
     try:
         deadline = time.monotonic() + seconds
@@ -76,12 +97,16 @@ def execute(path, sql, seconds):
 
 
 def work():
-    """Answer requests, a JSON line [path, sql, seconds] each, with a line [digest or null, error or null]."""
+    """Read requests from stdin, JSON lines [path, sql, seconds]; answer each on stdout.
+
+    An answer is a line [digest or null, error or null].
+    """
     import resource
 
-    def lower(kind, limit):      # never above what the system allows already
+    def lower(kind, limit):      # never above the system's own limit
         hard = resource.getrlimit(kind)[1]
-        resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(kind, (soft, hard))
 
     lower(resource.RLIMIT_AS, MAX_MEMORY)
     lower(resource.RLIMIT_CORE, 0)
@@ -96,22 +121,26 @@ def work():
         print(json.dumps(answer), flush=True)
 
 
-# ---------------------------------------------------------------- outside
+# ---------------------------------------------------------------- in the process that grades
 class Worker:
-    """A process that runs queries, started when needed and killed when one hangs."""
+    """A process that runs queries. It is started when needed and killed when a query hangs."""
     process = None
 
     def ask(self, path, sql, seconds):
+        """[digest or None, error or None] of a query. Raises OSError if no query can be run."""
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen([sys.executable, __file__, "--work"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                            stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-                                            env={k: v for k, v in os.environ.items() if k in ("PATH", "LD_LIBRARY_PATH", "LANG")})
+            kept = ("PATH", "LD_LIBRARY_PATH", "LANG")      # no keys, no settings
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, "--work"], text=True, encoding="utf-8",
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                env={k: v for k, v in os.environ.items() if k in kept})
             error = self.exchange(path, "SELECT count(*) FROM sqlite_master", 30)[1]
-            if error:       # else every query would count as wrong
+            if error:       # without this check every query would count as wrong
                 raise OSError(f"{path}: a process of its own cannot read it: {error}")
         return self.exchange(path, sql, seconds)
 
     def exchange(self, path, sql, seconds):
+        """Send one request and read its answer; kill the process if it takes too long."""
         timer = threading.Timer(seconds + GRACE, self.process.kill)
         timer.start()
         try:
@@ -134,9 +163,11 @@ results = {}       # (database, query) -> [digest or None, error or None], of th
 
 
 def database(name):
+    """The path of a database, by ILR_BIRD_DATABASES. Raises InputError if there is none."""
     folder = os.environ.get("ILR_BIRD_DATABASES")
     if not folder:
-        raise InputError("ILR_BIRD_DATABASES is not set: the folder of BIRD's databases, <db>/<db>.sqlite")
+        raise InputError("ILR_BIRD_DATABASES is not set: "
+                         "the folder of BIRD's databases, <db>/<db>.sqlite")
     path = Path(folder) / name / f"{name}.sqlite"
     if not path.is_file() or Path(name).name != name:
         raise InputError(f"{path}: no such database; ILR_BIRD_DATABASES names their folder")
@@ -144,18 +175,20 @@ def database(name):
 
 
 def run_queries(queries):
-    """Run (db, SQL) pairs that have not been run yet, on all cores: fills `results`."""
+    """Run the (db, SQL) pairs that have not been run yet, on all cores; fills `results`."""
     queries = [q for q in dict.fromkeys(queries) if q not in results]
-    if not queries:       # as in grading record by record, after `warm`
+    if not queries:       # as when records are graded one by one after `warm`
         return
     from concurrent.futures import ThreadPoolExecutor
+
     from tqdm import tqdm
     try:
         seconds = float(os.environ.get("ILR_SQL_TIMEOUT", 30))
     except ValueError:
         seconds = 0
     if not 0 < seconds <= 86400:
-        raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: expected seconds, up to a day")
+        raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: "
+                         "expected seconds, up to a day")
     paths = {db: database(db) for db in {db for db, _ in queries}}
     own, workers = threading.local(), []
 
@@ -167,43 +200,51 @@ def run_queries(queries):
 
     try:
         with ThreadPoolExecutor(min(os.cpu_count(), len(queries))) as pool:
-            results.update(zip(queries, tqdm(pool.map(ask, queries), total=len(queries), desc="sql", unit="query", mininterval=1,
-                                             disable=len(queries) < 10)))
+            found = tqdm(pool.map(ask, queries), total=len(queries), desc="sql", unit="query",
+                         mininterval=1, disable=len(queries) < 10)
+            results.update(zip(queries, found, strict=True))
     finally:
         for worker in workers:
             worker.close()
 
 
 def query(record):
+    """(db, SQL) of a record."""
     if not isinstance(record.get("db"), str):
         raise InputError(f"id {record['id']} has no db: make the records with tasks/bird.py")
     return record["db"], record["completion"]
 
 
 def result(record):
+    """The digest of what a record's completion returns, or None if it fails."""
     run_queries([query(record)])
     return results[query(record)][0]
 
 
 # ---------------------------------------------------------------- the names every task has
 def warm(records):
-    """Run the queries of these records side by side, before they are graded or compared one by one."""
+    """Run the queries of these records in parallel, before they are graded or compared."""
     run_queries(map(query, records))
 
 
 def is_well_formed(text):
+    """Whether there is any text: SQL is parsed only when it runs."""
     return bool(text.strip())
 
 
 def grade(record):
-    """1.0 if the completion returns what the reference does, else 0.0; a query that fails or times out is wrong."""
+    """1.0 if the completion returns what the reference returns, else 0.0.
+
+    A query that fails or times out is wrong.
+    """
     if not isinstance(record.get("reference_result"), str):
-        raise InputError(f"id {record['id']} has no reference_result: make the records with tasks/bird.py")
+        raise InputError(f"id {record['id']} has no reference_result: "
+                         "make the records with tasks/bird.py")
     return float(result(record) == record["reference_result"])
 
 
 def agree(a, b):
-    """Two records' queries return the same; where one fails, only equal texts agree."""
+    """Whether two records' queries return the same; if one fails, whether the texts are equal."""
     if a["completion"].strip() == b["completion"].strip():
         return True
     x = result(a)
@@ -211,28 +252,45 @@ def agree(a, b):
 
 
 # ---------------------------------------------------------------- files
+def check(args):
+    """Refuse arguments that cannot work."""
+    if args.work:
+        return
+    if not args.out:
+        raise InputError("give --out")
+    check_data_flags(args)
+
+
+def rows_of(split, folder):
+    """The records of all problems of a split, in the dataset's order."""
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+        from_release(path, "bird", split, BLOBS[split])
+    rows = read_jsonl(path, ("question", "answer", "db_name"), key=())
+    return [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"],
+             "reference": r["answer"], "source": "gold", "db": r["db_name"]}
+            for i, r in enumerate(rows)]
+
+
 def main(args):
+    check(args)
     if args.work:
         return work()
     if args.database_dir:
         os.environ["ILR_BIRD_DATABASES"] = args.database_dir
-    out, rows = Path(args.out), {}
-    for split in ("train", "test"):
-        path = Path(args.data_dir) / f"{split}.jsonl"
-        if not path.exists():
-            from_release(path, "bird", split, BLOBS[split])
-        found = read_jsonl(path, ("question", "answer", "db_name"), key=())
-        rows[split] = [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"],
-                        "reference": r["answer"], "source": "gold", "db": r["db_name"]} for i, r in enumerate(found)]
-    random.Random(args.seed).shuffle(rows["train"])
-    rows = {"train": rows["train"][:args.train], "test": rows["test"][:args.test]}
+    out = Path(args.out)
+    train, test = (rows_of(split, Path(args.data_dir)) for split in ("train", "test"))
+    random.Random(args.seed).shuffle(train)
+    rows = {"train": train[:args.train], "test": test[:args.test]}
     warm(rows["train"] + rows["test"])
     for split, records in rows.items():
         failed = [r for r in records if result(r) is None]
         if failed:
-            print(f"{len(failed)} of {len(records)} {split} references cannot be run and are left out, the first: {failed[0]['id']} "
-                  f"({results[failed[0]['db'], failed[0]['completion']][1]})")
-        rows[split] = [{**r, "reference_result": result(r)} for r in records if result(r) is not None]
+            first, error = failed[0]["id"], results[query(failed[0])][1]
+            print(f"{len(failed)} of {len(records)} {split} references cannot be run and are left "
+                  f"out, the first: {first} ({error})")
+        rows[split] = [{**r, "reference_result": result(r)} for r in records
+                       if result(r) is not None]
     if not rows["test"]:
         raise InputError(f"{args.data_dir}/test.jsonl: no problem is left to test on")
     write_training(out, rows["train"], args.gt)
@@ -243,8 +301,10 @@ def parser():
     p = make_parser(__doc__, prog="tasks/bird.py")
     p.add_argument("--out", help="folder to write")
     add_data_flags(p, "bird", 10**6, 4714, 10**6)
-    p.add_argument("--database-dir", help="folder of the databases (default: ILR_BIRD_DATABASES, which the other stages read)")
-    p.add_argument("--work", action="store_true", help="run queries from standard input (for this file's own use)")
+    p.add_argument("--database-dir", help="folder of the databases (default: ILR_BIRD_DATABASES, "
+                                          "which the other stages read)")
+    p.add_argument("--work", action="store_true",
+                   help="run queries from standard input (for this file's own use)")
     return p
 
 

@@ -1,15 +1,19 @@
 """SaferPaca (Bianchi et al., 2023): instructions to follow (Alpaca's), and unsafe ones to refuse.
 
-    python tasks/saferpaca.py --out data --seed 0                     # train, gt, gt_general, gt_safety, unlab, test .jsonl
-    python tasks/saferpaca.py --out data --data-dir folder            # folder/train.jsonl, test.jsonl: question, answer, category
+    python tasks/saferpaca.py --out data --data-dir folder --seed 0
+                            # train, gt, gt_general, gt_safety, unlab, test .jsonl
 
-What --data-dir lacks comes from the paper's release (needs pyarrow). A completion's grade is the probability that a language
-model, asked in both orders, prefers it to the reference: ILR_JUDGE_URL, ILR_JUDGE_MODEL, ILR_JUDGE_KEY (tasks/_judges.py). Since that
-costs money, only test answers are graded by themselves, as in the release. Two answers agree where their embeddings are more
-alike than the median pair's (`compare.py score --embedder`).
+folder/train.jsonl and folder/test.jsonl hold question, answer and category. A file that --data-dir
+lacks is taken from the paper's release (needs pyarrow).
 
-Unlike the paper's release: both orders are asked; a reply without a verdict is asked again and then an error, not 0.5; a
-letter that is not among the likely tokens has probability 0, not 1.
+A completion's grade is the probability that a language model behind an endpoint, asked in both
+orders, prefers it to the reference: ILR_JUDGE_URL, ILR_JUDGE_MODEL, ILR_JUDGE_KEY
+(core/endpoint.py). Since that costs money, only test answers are graded automatically, as in the
+release. Two answers agree if their embeddings are more alike than those of the median pair
+(`compare.py score --embedder`).
+
+Unlike the paper's release: both orders are asked; a reply without a verdict is asked again and then
+is an error, not 0.5; a letter that is not among the likely tokens has probability 0, not 1.
 """
 import os
 import random
@@ -18,14 +22,19 @@ from pathlib import Path
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tasks import (InputError, add_data_flags, from_release, make_parser, read_jsonl, run_stage, user_prompt, write_jsonl,
-                   write_training)
-from tasks._judges import Endpoint, average_orders
+from core.cli import make_parser, run_stage
+from core.download import from_release
+from core.endpoint import Endpoint
+from core.judge import average_orders
+from core.records import InputError, read_jsonl, write_jsonl
+from core.tokens import user_prompt
+from tasks import add_data_flags, check_data_flags, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 1024, 512
 FIELDS, COSTLY, METRIC = ("category",), True, "win rate"
 CATEGORIES = "general", "safety"
-BLOBS = {"train": "4effc1e25e8c1c60eb9d381e589b9f80397b4104", "test": "9f74373bf65403f5d07b7d8f93707dfad6198390"}    # git's names
+BLOBS = {"train": "4effc1e25e8c1c60eb9d381e589b9f80397b4104",        # git's names of the files
+         "test": "9f74373bf65403f5d07b7d8f93707dfad6198390"}
 
 
 # ---------------------------------------------------------------- the names every task has
@@ -33,25 +42,30 @@ grades = {}       # (prompt, reference, completion) -> probability, of this proc
 
 
 def key(record):
+    """What a grade depends on."""
     return record["prompt"], record["reference"], record["completion"]
 
 
 def endpoint():
+    """The endpoint that grades. Raises InputError if none is set."""
     url = os.environ.get("ILR_JUDGE_URL")
     if not url:
-        raise InputError("ILR_JUDGE_URL is not set: the OpenAI-compatible endpoint whose model grades answers")
+        raise InputError("ILR_JUDGE_URL is not set: "
+                         "the OpenAI-compatible endpoint whose model grades answers")
     return Endpoint(url, os.environ.get("ILR_JUDGE_MODEL"), "ILR_JUDGE")
 
 
 def warm(records):
-    """Ask for the grades of these records side by side."""
-    asked = [k for k in dict.fromkeys(map(key, records)) if k not in grades and k[1].strip() != k[2].strip()]
+    """Ask for the grades of these records, in parallel."""
+    asked = [k for k in dict.fromkeys(map(key, records))
+             if k not in grades and k[1].strip() != k[2].strip()]
     if asked:
-        grades.update(zip(asked, (average_orders(*orders) for orders in endpoint().preferences(asked))))
+        for k, (ab, ba) in zip(asked, endpoint().preferences(asked), strict=True):
+            grades[k] = average_orders(ab, ba)
 
 
 def grade(record):
-    """The probability, of both orders, that the endpoint's model prefers the completion to the reference; 0.5 if they are equal."""
+    """P(the completion is better than the reference), averaged over both orders; 0.5 if equal."""
     if record["completion"].strip() == record["reference"].strip():
         return 0.5
     warm([record])
@@ -59,23 +73,28 @@ def grade(record):
 
 
 def is_well_formed(text):
+    """Whether there is any text."""
     return bool(text.strip())
 
 
 def judge_pairs(problems, draw):
-    """[(id, better, worse)] by the release's rule (experiments/generate_evaluator_data.py, load_pairs_saferpaca): the
-    demonstration over a sample of the weak model of its own category; and, for as many general problems as there are safety
-    ones, a sample of the general model over one of the safety model.
+    """Training pairs of the judge, [(id, better, worse)], by the release's rule
+    (experiments/generate_evaluator_data.py, load_pairs_saferpaca).
 
-    problems: {id: samples of one problem, earliest checkpoints first, their `source` saying which weak model's they are}.
-    draw(id, texts): one of the texts, early ones being likelier.
+    For each problem, the demonstration over a sample of the weak model of its own category; and,
+    for as many general problems as there are safety problems, a sample of the general model over
+    one of the safety model.
+
+    problems: {id: samples of one problem, earliest checkpoints first}; `source` of a sample says
+    whose it is, general or safety. draw(id, texts): one of the texts, early ones more likely.
     """
     pairs, crossed, safe = [], [], 0
     for id_, answers in problems.items():
         texts = {c: [r["completion"] for r in answers if r["source"] == c] for c in CATEGORIES}
         category = answers[0].get("category")
         if category not in CATEGORIES or not all(texts.values()):
-            raise InputError(f"id {id_}: expected a category and samples with the source general and safety, as run_ilr.sh makes them")
+            raise InputError(f"id {id_}: expected a category and samples with the source general "
+                             "and safety, as run_ilr.sh makes them")
         pairs.append((id_, answers[0]["gold_completion"], draw(id_, texts[category])))
         if category == "general":
             crossed.append((id_, draw(id_, texts["general"]), draw(id_, texts["safety"])))
@@ -93,16 +112,31 @@ def rows_of(split, folder):
     rows = read_jsonl(path, ("question", "answer", "category"), key=())
     for i, r in enumerate(rows, 1):
         if r["category"] not in CATEGORIES:
-            raise InputError(f"{path}: record {i} has the category {r['category']!r}: expected general or safety")
+            raise InputError(f"{path}: record {i} has the category {r['category']!r}: "
+                             "expected general or safety")
     return rows
 
 
+def record(split, i, row):
+    """The record of the i-th problem of a split."""
+    return {"id": f"{split}-{i}", "prompt": user_prompt(row["question"]),
+            "completion": row["answer"], "reference": row["answer"], "source": "gold",
+            "category": row["category"]}
+
+
+def check(args):
+    """Refuse arguments that cannot work."""
+    check_data_flags(args)
+
+
 def main(args):
-    endpoint().preferences([("Name a color.", "Blue.", "Seven.")])       # what grades is tried now, not after days of training
-    out, folder = Path(args.out), Path(args.data_dir)
-    records = {split: [{"id": f"{split}-{i}", "prompt": user_prompt(r["question"]), "completion": r["answer"], "reference": r["answer"],
-                        "source": "gold", "category": r["category"]} for i, r in enumerate(rows_of(split, folder))]
-               for split in ("train", "test")}
+    check(args)
+    # try now what grades, not after days of training
+    endpoint().preferences([("Name a color.", "Blue.", "Seven.")])
+    out, records = Path(args.out), {}
+    for split in ("train", "test"):
+        rows = rows_of(split, Path(args.data_dir))
+        records[split] = [record(split, i, row) for i, row in enumerate(rows)]
     train = records["train"]
     random.Random(args.seed).shuffle(train)
     train = train[:args.train]

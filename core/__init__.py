@@ -1,0 +1,1 @@
+"""What stages share, one subject a file."""

@@ -1,0 +1,323 @@
+"""The judge: what it reads, what it learns from, how it answers, and what is measured of it."""
+import math
+import random
+from pathlib import Path
+
+from core.cli import short
+from core.distributed import deal, inside_forward, summed
+from core.endpoint import Endpoint
+from core.human import ask_person
+from core.models import count_weights, open_model, pick_device
+from core.packing import hidden_states, pack
+from core.records import InputError, dumps, read_jsonl
+from core.tokens import encode_completion, encode_prompt, open_tokenizer
+from core.unfinished import BatchLog
+
+CLASSES = ["keep A", "change to B"]
+
+
+# ---------------------------------------------------------------- what it reads
+def encode_pair(tokenizer, prompt, a, b):
+    """Token ids of one question to the judge: BOS + prompt, A + EOS, B + EOS.
+
+    The head reads the last token.
+    """
+    a, b = encode_completion(tokenizer, a), encode_completion(tokenizer, b)
+    return encode_prompt(tokenizer, prompt) + a + b
+
+
+def both_orders(tokenizer, pairs):
+    """[(token ids, class)] of {prompt, better, worse}: each pair in both orders, one after the
+    other. Class 1 is "change to B"."""
+    examples = []
+    for p in pairs:
+        prompt, better, worse = p["prompt"], p["better"], p["worse"]
+        examples.append((encode_pair(tokenizer, prompt, better, worse), 0))
+        examples.append((encode_pair(tokenizer, prompt, worse, better), 1))
+    return examples
+
+
+# ---------------------------------------------------------------- what it learns from
+def read_samples(paths, gold_path):
+    """The records of a file per checkpoint, each with its problem's demonstration.
+
+    Returns (lists of records with the field `gold_completion`, number of problems).
+    """
+    gold = read_jsonl(gold_path, ("id", "completion", "reference"))
+    gold = {r["id"]: r["completion"] for r in gold}
+    samples = []
+    for path in paths:
+        fields = ("id", "prompt", "completion", "reference")
+        samples.append(read_jsonl(path, fields, ("id", "sample")))
+        for r in samples[-1]:
+            if r["id"] not in gold:
+                raise InputError(f"{path}: id {r['id']} is not in {gold_path}")
+            r["gold_completion"] = gold[r["id"]]
+    return samples, len(gold)
+
+
+def make_pairs(task, samples, seed, wrong_per_problem=1):
+    """Training pairs (better, worse) by the rule of the release's generate_evaluator_data.py.
+
+    samples: a list of records per checkpoint, earliest first, each with `gold_completion`.
+    Checkpoint i of n is drawn with weight 2^(n-i-1): early ones are the most varied. For each
+    problem: the reference over a correct sample; a correct sample or the reference (weight 1,
+    as a last checkpoint) over each of up to `wrong_per_problem` different incorrect samples;
+    the reference over these if no sample is correct. Unlike in the release, samples that the
+    task cannot parse are left out: the first checkpoints of a small model write nothing else,
+    and telling them apart teaches nothing about answers.
+    A task may have its own rule (`judge_pairs`). A task that is slow to grade must be warm.
+    Returns a list of {id, prompt, better, worse}; equal texts make no pair.
+    """
+    problems, rngs = {}, {}
+    for records in samples:
+        for r in sorted(records, key=lambda r: r.get("sample", 0)):
+            problems.setdefault(r["id"], []).append(r)
+
+    def draw(id_, texts):
+        rng = rngs.setdefault(id_, random.Random(dumps([seed, "pairs", id_])))
+        return rng.choices(texts, [2.0 ** -i for i in range(len(texts))])[0]
+
+    if hasattr(task, "judge_pairs"):
+        drawn = task.judge_pairs(problems, draw)
+    else:
+        drawn = []
+        for id_, answers in problems.items():
+            gold = answers[0]["gold_completion"]
+            graded = [(r["completion"], task.grade(r)) for r in answers]
+            right = [text for text, grade in graded if grade == 1]
+            wrong = [text for text, grade in graded if grade != 1 and task.is_well_formed(text)]
+            if right:
+                drawn.append((id_, gold, draw(id_, right)))
+            for _ in range(wrong_per_problem):
+                if wrong:
+                    drawn.append((id_, draw(id_, right + [gold]), draw(id_, wrong)))
+                    wrong = [text for text in wrong if text != drawn[-1][2]]
+    return [{"id": id_, "prompt": problems[id_][0]["prompt"], "better": better, "worse": worse}
+            for id_, better, worse in drawn if better != worse]
+
+
+def three_splits(pairs, seed):
+    """(train 80%, stop 10%, test 10%) of the pairs, cut by problem."""
+    ids = sorted({p["id"] for p in pairs}, key=dumps)
+    random.Random(dumps([seed, "splits"])).shuffle(ids)
+    a, b = len(ids) * 8 // 10, len(ids) * 9 // 10
+    groups = set(ids[:a]), set(ids[a:b]), set(ids[b:])
+    return [[p for p in pairs if p["id"] in group] for group in groups]
+
+
+# ---------------------------------------------------------------- what is compared
+def join_files(a_path, b_paths):
+    """[(record of A, record of B with its id)], in the order of A; every id must have both."""
+    proposals, files = {}, " ".join(b_paths)
+    for path in b_paths:
+        for r in read_jsonl(path, ("id", "completion")):
+            if r["id"] in proposals:
+                raise InputError(f"{path}: id {r['id']} stands already in another file of --b")
+            proposals[r["id"]] = r
+    pairs = []
+    for a in read_jsonl(a_path, ("id", "prompt", "completion")):
+        if a["id"] not in proposals:
+            raise InputError(f"{files}: id {a['id']} of {a_path} is missing")
+        pairs.append((a, proposals.pop(a["id"])))
+    if proposals:
+        raise InputError(f"{files}: id {next(iter(proposals))} is not in {a_path}")
+    return pairs
+
+
+def pair_samples(path):
+    """[(id, k, sample 2k, sample 2k + 1)] of each problem's samples; their number must be even."""
+    pairs, samples = [], {}
+    for r in read_jsonl(path, ("id", "prompt", "completion", "sample"), ("id", "sample")):
+        samples.setdefault(r["id"], []).append(r)
+    for id_, answers in samples.items():
+        answers.sort(key=lambda r: r["sample"])
+        if len(answers) % 2:
+            raise InputError(f"{path}: id {id_} has {len(answers)} samples; pairs need an even "
+                             "number")
+        by_two = zip(answers[0::2], answers[1::2], strict=True)
+        pairs += [(id_, k, a, b) for k, (a, b) in enumerate(by_two)]
+    return pairs
+
+
+# ---------------------------------------------------------------- how it answers
+def average_orders(prob_b_ab, prob_b_ba):
+    """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2).
+
+    Position bias cancels; the inner brackets make it cancel exactly.
+    """
+    return (1 + (prob_b_ab - prob_b_ba)) / 2
+
+
+@inside_forward
+def judge_logits(model, batch):
+    """The judge's answers to the N sequences of a packed micro-batch.
+
+    Returns owner int64 (N,) and logits fp32 (N, 2) of [keep A, change to B], read at each
+    sequence's last token. Packed rows need no padding token, so a final EOS is read.
+    """
+    import torch
+    owner = batch["owner"]
+    following = torch.cat([owner[:, 1:], torch.full_like(owner[:, :1], -1)], 1)
+    last = (owner >= 0) & (owner != following)
+    logits = model.score(hidden_states(model, batch)[last]).float()
+    assert logits.shape == (int(last.sum()), 2)
+    return owner[last], logits
+
+
+def probabilities(model, sequences, args, device):
+    """P(change to B) of each sequence of token ids, as a list of floats.
+
+    args: its row_tokens and micro_tokens are read. Raises FloatingPointError for NaN.
+    """
+    import torch
+    probs = torch.zeros(len(sequences))
+    packed = pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens,
+                  args.micro_tokens, device, model)
+    with torch.no_grad():
+        for batch in packed:
+            owner, logits = judge_logits(model, batch)
+            probs[owner.cpu()] = logits.softmax(-1)[:, 1].cpu()
+    probs = summed(probs, model)
+    if not probs.isfinite().all():
+        raise FloatingPointError("the judge answers with NaN: its weights are broken")
+    return probs.tolist()
+
+
+def ask_model(args, questions, folder):
+    """Ask a judge folder, args.judge, in both orders, in batches by length.
+
+    questions: {key: (prompt, a, b)}; folder: where finished batches are kept.
+    Returns {key: (prob_b_ab, prob_b_ba)} and the price. Raises InputError for another folder.
+    """
+    from tqdm import tqdm
+    if not (Path(args.judge) / "judge.json").exists():
+        raise InputError(f"--judge {args.judge}: neither oracle, human, a URL nor a folder that "
+                         "`compare.py train` wrote")
+    device = pick_device(args.device)
+    tokenizer = open_tokenizer(args.judge, args.chat_template)
+    model = open_model(args.judge, device, "AutoModelForSequenceClassification").eval()
+    sequences = {i: [encode_pair(tokenizer, prompt, a, b), encode_pair(tokenizer, prompt, b, a)]
+                 for i, (prompt, a, b) in questions.items()}
+    asked = sorted(questions, key=lambda i: (-len(sequences[i][0]), i))
+    batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
+    log = BatchLog(folder, [len(b) for b in batches])
+
+    def answers(batch):
+        probs = probabilities(model, [ids for i in batch for ids in sequences[i]], args, device)
+        return [list(row) for row in zip(batch, probs[0::2], probs[1::2], strict=True)]
+    with tqdm(total=len(asked), initial=len(log.results), desc=f"score {short(args.out)}",
+              unit="pair", mininterval=1) as bar:
+        for found in deal(batches[log.batches_done:], answers):
+            log.append(found)
+            bar.update(len(found))
+    price = {"weights": count_weights(model),
+             "read_tokens": sum(len(ids) for i in asked for ids in sequences[i])}
+    return {i: (ab, ba) for i, ab, ba in log.results}, price
+
+
+def ask_human(args, questions, folder):
+    """Ask the person at this terminal, each question once, in random order.
+
+    Returns {key: (prob_b_ab, prob_b_ba)} and {key: fields to add to the comparison}.
+    """
+    order = list(questions)
+    random.Random(dumps([args.seed, "human"])).shuffle(order)
+    log = ask_person([(i, *questions[i]) for i in order],
+                     lambda: BatchLog(folder, [1] * len(order)), args.seconds_per_pair, args.seed)
+    return ({i: (ab, ba) for i, ab, ba, _, _ in log.results},
+            {i: {"seconds": seconds, "shown": shown} for i, _, _, seconds, shown in log.results})
+
+
+def ask_endpoint(args, questions):
+    """Ask the endpoint at the URL args.judge, in both orders: {key: (prob_b_ab, prob_b_ba)}."""
+    endpoint = Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
+    return dict(zip(questions, endpoint.preferences(list(questions.values())), strict=True))
+
+
+def flipped(args, a, b):
+    """Whether --flip-share turns the judge's answer around.
+
+    By chance for every question (symmetric), or for all questions about a problem together.
+    """
+    key = [a["id"]]
+    if args.flip_kind == "symmetric":
+        key += [a["completion"], b["completion"]]
+    return random.Random(dumps([args.seed, "flip", *key])).random() < args.flip_share
+
+
+# ---------------------------------------------------------------- what is measured of it
+def held_out(model, examples, args, device):
+    """(mean cross-entropy, accuracy, flip rate) on `both_orders` of held-out pairs.
+
+    Accuracy: after averaging both orders; a tie counts one half. Flip rate: the share of pairs
+    whose answer changes with the order.
+    """
+    model.eval()
+    probs = probabilities(model, [ids for ids, _ in examples], args, device)
+    model.train()
+    likelihoods = [p if c else 1 - p for p, (_, c) in zip(probs, examples, strict=True)]
+    loss = -sum(math.log(max(p, 1e-12)) for p in likelihoods) / len(examples)
+    keep, change = probs[0::2], probs[1::2]     # asked as (better, worse) and (worse, better)
+    right = [average_orders(ab, ba) for ab, ba in zip(change, keep, strict=True)]
+    accuracy = sum((p > 0.5) + 0.5 * (p == 0.5) for p in right) / len(right)
+    return loss, accuracy, flip_rate(change, keep)
+
+
+def flip_rate(probs_ab, probs_ba):
+    """Share of pairs whose answer changes with the order: both orders say A, or both say B."""
+    flips = [(ab - 0.5) * (ba - 0.5) > 0 for ab, ba in zip(probs_ab, probs_ba, strict=True)]
+    return sum(flips) / len(flips)
+
+
+def measure(comparisons, grades=None):
+    """What a file of comparisons says of its judge, for the summary beside it.
+
+    grades: (grade of A, grade of B) of each asked comparison, where references exist.
+    flip_rate: share of asked pairs whose answer changes with the order.
+    position_bias: mean of |P(change | ab) - (1 - P(change | ba))| / 2, the part of a
+        probability that the order alone decides.
+    unanswered, chose_first: in place of these for a person, who is asked once.
+    accuracy: over the `decisive` pairs, of which one side is better, how often the judge
+        prefers it; prob_b of 0.5 counts one half.
+    calibration: ten bins of prob_b over the decisive pairs, each [mean prob_b, share of pairs
+        whose B is the better, pairs]: a reliability diagram (DeGroot & Fienberg 1983).
+    """
+    asked = [c for c in comparisons if not c["agree"]]
+    result = {"pairs": len(comparisons), "asked": len(asked),
+              "flip_rate": None, "position_bias": None}
+    if asked and "shown" in asked[0]:
+        first = [c["prob_b"] == (c["shown"] == "ba") for c in asked if c["prob_b"] != 0.5]
+        result.update(unanswered=len(asked) - len(first),
+                      chose_first=sum(first) / len(first) if first else None)
+    elif asked:
+        ab, ba = ([c[f"prob_b_{order}"] for c in asked] for order in ("ab", "ba"))
+        result["flip_rate"] = flip_rate(ab, ba)
+        bias = sum(abs(p - 1 + q) for p, q in zip(ab, ba, strict=True))
+        result["position_bias"] = bias / 2 / len(asked)
+    if asked and grades is not None:
+        decisive = [(c["prob_b"], b > a)
+                    for c, (a, b) in zip(asked, grades, strict=True) if a != b]
+        right = [0.5 if p == 0.5 else float((p > 0.5) == b_better) for p, b_better in decisive]
+        bins = [[x for x in decisive if min(int(10 * x[0]), 9) == k] for k in range(10)]
+        calibration = [[*(sum(x) / len(x) for x in zip(*pairs, strict=True)), len(pairs)] if pairs
+                       else [None, None, 0] for pairs in bins]
+        result.update(decisive=len(decisive),
+                      accuracy=sum(right) / len(right) if right else None,
+                      calibration=calibration)
+    return result
+
+
+def describe(result):
+    """What `measure` found, in words."""
+    said = f"{result['pairs']} pairs, {result['asked']} asked"
+    if result["flip_rate"] is not None:
+        said += (f", {result['flip_rate']:.1%} flip with the order, position bias "
+                 f"{result['position_bias']:.3f}")
+    elif "unanswered" in result:
+        said += (f", {result['unanswered']} without an answer, the first shown chosen in "
+                 f"{result['chose_first'] or 0:.1%} of the others")
+    if result.get("decisive"):
+        said += (f", accuracy {result['accuracy']:.1%} on the {result['decisive']} with one "
+                 "right side")
+    return said

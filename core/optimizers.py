@@ -1,0 +1,73 @@
+"""Optimizers, the learning-rate schedule, and one optimizer step."""
+import math
+
+from core.distributed import full, world
+from core.records import InputError
+
+
+def cosine_lr(step, total, warmup):
+    """Share of the peak learning rate at `step` (counted from 0) of `total` steps.
+
+    Linear warm-up over the share `warmup` of the run, then cosine to 0.
+    """
+    ramp = max(1, round(total * warmup))
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
+
+
+def make_optimizers(model, name, lr, device):
+    """The optimizers that `name` stands for, as a list. Muon needs a second one for non-matrices.
+
+    auto: 8-bit AdamW on CUDA; fused AdamW on a CPU, where 8 bits cost time and save little, and
+    with several processes, because bitsandbytes cannot read sharded tensors. No weight decay.
+    8-bit optimizers keep 32-bit state for embeddings, as their authors advise.
+    Raises InputError for an 8-bit optimizer with several processes.
+    """
+    import torch
+    if name == "auto":
+        name = "adamw8bit" if device.type == "cuda" and world() == 1 else "adamw"
+    if world() > 1 and name.endswith("8bit"):
+        raise InputError(f"--optimizer {name}: 8-bit optimizers cannot read the sharded tensors "
+                         f"of several processes; {name.removesuffix('8bit')} keeps its state in "
+                         "the weights' type")
+    params = [p for p in model.parameters() if p.requires_grad]
+    print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in "
+          f"{params[0].dtype} on {device}"
+          + (f", sharded over {world()} processes" if world() > 1 else ""))
+    adamw = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    first = []
+    if name == "muon":
+        inner = {id(p) for n, p in model.named_parameters()
+                 if p.ndim == 2 and "embed" not in n and "lm_head" not in n}
+        first = [torch.optim.Muon([p for p in params if id(p) in inner], lr=lr,
+                                  weight_decay=0.0, adjust_lr_fn="match_rms_adamw")]
+        params = [p for p in params if id(p) not in inner]
+    if name in ("adamw", "muon"):
+        return first + ([torch.optim.AdamW(params, fused=True, **adamw)] if params else [])
+    if name == "rmsprop":
+        return [torch.optim.RMSprop(params, lr=lr)]
+    import bitsandbytes as bnb
+    bnb.optim.GlobalOptimManager.get_instance().register_module_override(
+        model.get_input_embeddings(), "weight", {"optim_bits": 32})
+    if name == "rmsprop8bit":
+        return [bnb.optim.RMSprop8bit(params, lr=lr)]
+    return [bnb.optim.AdamW8bit(params, **adamw)]
+
+
+def apply_gradients(model, optimizers, lr, max_norm=1.0):
+    """Clip by the global norm, set the learning rate, step, clear the gradients.
+
+    Returns the norm before clipping. Raises FloatingPointError if it is not finite.
+    """
+    import torch
+    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient norm is {norm}: lower --lr, or look for broken "
+                                 "records in the data")
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return norm
