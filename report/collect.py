@@ -1,0 +1,95 @@
+"""Read what the files of a run folder say. What a run has not made yet is absent."""
+from core.records import read_json, read_jsonl
+from tasks import TASKS, get_task
+
+
+def seed_folders(run):
+    """{seed: folder}, in order of the seeds."""
+    folders = {int(p.name[5:]): p for p in run.glob("seed_*") if p.name[5:].isdigit()}
+    return dict(sorted(folders.items()))
+
+
+def graded_answers(seeds):
+    """{point: {seed: [{id: correct} of each retrain]}} from seed_S/POINT/eval_K.graded.jsonl."""
+    def point_and_retrain(path):
+        return path.parent.name, int(path.name.split("_")[1].split(".")[0])
+
+    answers = {}
+    for seed, folder in seeds.items():
+        for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=point_and_retrain):
+            retrains = answers.setdefault(path.parent.name, {}).setdefault(seed, [])
+            rows = read_jsonl(path, ("id", "correct"))
+            retrains.append({r["id"]: r["correct"] for r in rows})
+    return answers
+
+
+def graded_labels(seeds):
+    """{point: {seed: [share correct]}} from seed_S/POINT/labels.graded.jsonl."""
+    labels = {}
+    for seed, folder in seeds.items():
+        for path in sorted(folder.glob("*/labels.graded.jsonl")):
+            rows = read_jsonl(path, ("correct",), ())
+            share = sum(r["correct"] for r in rows) / len(rows)
+            labels.setdefault(path.parent.name, {})[seed] = [share]
+    return labels
+
+
+def summaries(seeds, *names):
+    """{point: {seed: summary}} from seed_S/POINT/NAME.jsonl.summary of any of the names."""
+    found = {}
+    for seed, folder in seeds.items():
+        for name in names:
+            for path in sorted(folder.glob(f"*/{name}.jsonl.summary")):
+                found.setdefault(path.parent.name, {})[seed] = read_json(path)
+    return found
+
+
+def stage_seconds(run):
+    """({path below the run folder: (stage that wrote it, its seconds)}, seconds of the whole run
+    or None) from stages.jsonl: of several rows for a path the first one that has seconds."""
+    made, whole_run = {}, None
+    path = run / "stages.jsonl"
+    for row in read_jsonl(path, ("stage",), ()) if path.exists() else []:
+        if "seconds" not in row:
+            continue
+        if row["stage"] == "whole run" and whole_run is None:
+            whole_run = row["seconds"]
+        for out in row.get("outs", []):
+            made.setdefault(out, (row["stage"], row["seconds"]))
+    return made, whole_run
+
+
+def collect(run):
+    """Everything that the report is computed from, as one dict:
+
+    run          the folder (Path)
+    seeds        the seeds in order
+    answers      {point: {seed: [{id: correct} of each retrain]}}
+    tests        {point: {seed: [share correct of each retrain]}}
+    labels       {point: {seed: [share correct]}}
+    comparisons  {point: {seed: summary of comparisons.jsonl}}
+    refinements  {point: {seed: summary of labels.jsonl or preferences.jsonl}}
+    judges       {seed: judge.json of the trained judge}
+    seconds, whole_run   as `stage_seconds` gives them
+    settings     those of config.json
+    metric       what the task calls its grade ("accuracy")
+    n_test       number of test problems, the largest of any point
+    """
+    seeds = seed_folders(run)
+    answers = graded_answers(seeds)
+    tests, n_test = {}, 0
+    for point, by_seed in answers.items():
+        tests[point] = {}
+        for seed, retrains in by_seed.items():
+            tests[point][seed] = [sum(c.values()) / len(c) for c in retrains]
+            n_test = max(n_test, *map(len, retrains))
+    judges = {s: read_json(folder / "judge/model/judge.json") for s, folder in seeds.items()}
+    seconds, whole_run = stage_seconds(run)
+    settings = read_json(run / "config.json").get("settings", {})
+    task = get_task(settings["TASK"]) if settings.get("TASK") in TASKS else None
+    return {"run": run, "seeds": list(seeds), "answers": answers, "tests": tests,
+            "labels": graded_labels(seeds), "comparisons": summaries(seeds, "comparisons"),
+            "refinements": summaries(seeds, "labels", "preferences"),
+            "judges": {s: judge for s, judge in judges.items() if judge},
+            "seconds": seconds, "whole_run": whole_run, "settings": settings,
+            "metric": getattr(task, "METRIC", "accuracy"), "n_test": n_test}
