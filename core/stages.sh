@@ -1,0 +1,69 @@
+# Sourced by run_ilr.sh: reads the settings, checks them, and defines `stage` and `run_plan`.
+# It runs on bash 3.2 with BSD tools, which is what macOS has.
+cd "$here"
+
+die() { echo "run_ilr.sh: error: $*" >&2; exit 2; }
+
+# ---------------------------------------------------------------- the command line
+ACTION=run PRESET=
+for word in ${1+"$@"}; do
+  case $word in
+    --dry-run) ACTION=dry-run ;;
+    --help|-h) ACTION=help ;;
+    -*) die "unknown option $word; try --help" ;;
+    *=*) die "$word: variables go first: $word bash run_ilr.sh" ;;
+    *) [ -z "$PRESET" ] || die "two tasks, $PRESET and $word: one run is of one"
+       PRESET=$word ;;
+  esac
+done
+
+# ---------------------------------------------------------------- the settings
+set -a       # exported: core/settings.py and the stages see them
+PRESET=${PRESET:-${TASK:-arithmetic}}
+TASK=$PRESET
+case $PRESET in
+  */*) die "unknown task $PRESET" ;;
+  generic) die "presets/generic.sh is for every task: name one" ;;
+esac
+if [ -e "presets/$PRESET.sh" ]; then . "presets/$PRESET.sh"; fi
+[ -e "tasks/$TASK.py" ] || die "unknown task $PRESET: there is neither presets/$PRESET.sh nor" \
+  "tasks/$TASK.py"
+. presets/generic.sh
+case $PYTHON in
+  /*) ;;
+  */*) PYTHON=$caller/$PYTHON ;;       # paths are relative to this folder, but for the interpreter
+esac
+OUT=${OUT%/} FROM=${FROM%/} BASES=${BASES%/}
+set +a
+command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON': expected a Python interpreter"
+if [ $ACTION = help ]; then
+  sed -n '2,/^set /s/^# \{0,1\}//p' run_ilr.sh
+  "$PYTHON" -m core.settings help "$PRESET"
+  exit
+fi
+BASELINES=$("$PYTHON" -m core.settings check "$PRESET") || exit $?
+
+# ---------------------------------------------------------------- settings that are flags
+TRAINING="$PACKING --state-every $STATE_EVERY"
+ADAPTERS="--lora-rank $LORA_RANK" LOADING=
+[ "$LOAD_IN_4BIT" = 0 ] || LOADING=--load-in-4bit
+if [ "$NPROC" = 1 ]; then
+  ADAPTERS="$ADAPTERS $LOADING"
+else       # several processes train sharded 16 bits; 8-bit optimizers cannot read shards
+  DPO_FLAGS=${DPO_FLAGS/8bit/}
+fi
+if [ "$CHAT_TEMPLATE" = 1 ]; then
+  TRAINING="$TRAINING --chat-template" DECODING="$DECODING --chat-template"
+  SCORING="$SCORING --chat-template"
+fi
+
+# ---------------------------------------------------------------- the plan
+plan='' at=''
+stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, under $at/NAME
+  local word
+  plan+=${at:+$at/}$1
+  shift
+  for word in "$@"; do plan+=$'\x1f'$word; done
+  plan+=$'\n'
+}
+run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$PRESET" <<<"$plan"; }

@@ -1,0 +1,31 @@
+# The default: small models on two CPU cores. Every value was chosen on validation problems.
+EVALS="test validation"
+TRAIN=${TRAIN:-3500}
+GT=${GT:-2000}
+TEST=${TEST:-1000}
+WEAK_MODEL=${WEAK_MODEL-}         # the unreliable side; empty: trained here, with the strong one
+STRONG_MODEL=${STRONG_MODEL-}     # the model to train; empty: trained here, with the weak one
+PRETRAIN=${PRETRAIN:-26000}
+PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}
+WEAK_LR=${WEAK_LR:-3e-4}
+WEAK_BATCH=${WEAK_BATCH:-16}
+CHECKPOINTS=${CHECKPOINTS:-30 40 50 60 70 80 90}   # percent of weak SFT; earlier writes no answer
+WEAK_ACCURACY=${WEAK_ACCURACY:-0.45}
+SFT_LR=${SFT_LR:-4e-3}
+SFT_BATCH=${SFT_BATCH:-14}
+CHOSEN_LR=${CHOSEN_LR:-3e-4}      # peak learning rate of SFT that goes on; at SFT_LR it forgets
+PROPOSING=${PROPOSING-}
+JUDGE_LR=${JUDGE_LR:-3e-3}
+JUDGE_EPOCHS=${JUDGE_EPOCHS:-6}
+JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-muon}
+JUDGE_WRONG=${JUDGE_WRONG:-4}
+JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}
+DPO_LR=${DPO_LR:-1e-5}
+DPO_FLAGS=${DPO_FLAGS-}
+PACKING=${PACKING:---row-tokens 128 --micro-tokens 2048}
+JUDGE_PACKING=${JUDGE_PACKING:---micro-tokens 1024}
+DECODING=${DECODING:---max-new-tokens 56 --batch-size 128}
+SCORING=${SCORING:---row-tokens 256 --micro-tokens 4096}
+STATE_EVERY=${STATE_EVERY:-10}
+PRETRAINING="${PRETRAINING:---optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 \
+--prompt-weight 0.1 $PACKING}"
