@@ -1,4 +1,4 @@
-"""What several test files use: a tiny tokenizer and random models, records, and one way to run a stage."""
+"""What several test files use: a tiny tokenizer, random models, records, one way to run a stage."""
 import json
 import os
 import sys
@@ -12,18 +12,16 @@ sys.path.insert(0, str(ROOT))
 import pytest  # noqa: E402
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; `python -m pytest -m gpu` runs these alone")
-
-
 def tiny_config(family="llama", vocab=24, **more):
-    """A config of a few thousand weights; initializer_range is large so that random answers differ."""
+    """A config of a few thousand weights; a large initializer_range makes random answers differ."""
     from transformers import AutoConfig
-    extra = {"gemma": {"head_dim": 8}, "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
-             "qwen3": {"head_dim": 8}, "mistral": {}, "llama": {}}[family]
+    extra = {"gemma": {"head_dim": 8}, "qwen3": {"head_dim": 8}, "mistral": {}, "llama": {},
+             "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0,
+                        "query_pre_attn_scalar": 8}}[family]
     return AutoConfig.for_model(family, **{**dict(
-        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=512, initializer_range=0.4, tie_word_embeddings=False,
+        vocab_size=vocab, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+        initializer_range=0.4, tie_word_embeddings=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=2), **extra, **more})
 
 
@@ -41,7 +39,8 @@ def run(stage, *argv):
 
 
 def rows(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n")[:-1]]
+    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,7 +59,8 @@ def tiny(tmp_path_factory):
     tokenizer = AutoTokenizer.from_pretrained(top / "tokenizer")
     for seed in (0, 1):
         folder = top / ("model" if seed == 0 else "other")
-        tiny_model(seed=seed, vocab=len(tokenizer), tie_word_embeddings=True).save_pretrained(folder)
+        model = tiny_model(seed=seed, vocab=len(tokenizer), tie_word_embeddings=True)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return top
 
@@ -75,7 +75,8 @@ def tokenizer(tiny):
 def problems():
     """20 solved problems of the default task."""
     from tasks import arithmetic
-    return [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", 20, 0))]
+    found = arithmetic.problems("train", 20, 0)
+    return [arithmetic.record("train", 0, i, p) for i, p in enumerate(found)]
 
 
 class Interrupted(Exception):
@@ -94,26 +95,33 @@ def interrupt_after(monkeypatch, owner, name, calls):
     monkeypatch.setattr(owner, name, wrapped)
 
 
+def everything(folder):
+    """{relative path: bytes} of every file of a folder."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def check_resume(monkeypatch, capsys, tmp_path, stage, argv, calls):
-    """A training that is cut after `calls` log rows and started again equals one that never was, byte for byte."""
-    import sft
+    """A training that is cut after `calls` log rows and started again equals one that never was,
+    byte for byte."""
+    from core import training
     argv = [*argv, "--state-every", 0]
     run(stage, *argv, "--out", tmp_path / "whole")
     with monkeypatch.context() as m:
-        interrupt_after(m, sft.Training, "log", calls)
+        interrupt_after(m, training.Training, "log", calls)
         with pytest.raises(Interrupted):
             run(stage, *argv, "--out", tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
     capsys.readouterr()
     run(stage, *argv, "--out", tmp_path / "cut")
     assert "continuing after step" in capsys.readouterr().out
-    whole, cut = ({str(p.relative_to(tmp_path / d)): p.read_bytes() for p in (tmp_path / d).rglob("*") if p.is_file()} for d in ("whole", "cut"))
+    whole, cut = (everything(tmp_path / name) for name in ("whole", "cut"))
     assert {"model.safetensors", "metrics.jsonl"} <= set(whole)
     assert [name for name in {**whole, **cut} if whole.get(name) != cut.get(name)] == []
 
 
 def first_gradients(monkeypatch, stage, *argv):
-    """{name: gradient} that reaches the optimizer in the first step of a stage's own loop, before clipping."""
+    """{name: gradient} that reaches the optimizer in the first step of a stage's own loop, before
+    clipping."""
     seen, original = {}, stage.apply_gradients
 
     def spy(model, *args):
@@ -127,10 +135,12 @@ def first_gradients(monkeypatch, stage, *argv):
 
 
 def assert_same_gradients(got, expected, tolerance=2e-5):
-    """Largest difference of any weight against the largest expected gradient. 2e-5: fp32 sums of a few hundred terms
-    carry a relative error of about sqrt(300) * 6e-8 = 1e-6; the rest is margin for two layers of backward passes."""
+    """Largest difference of any weight against the largest expected gradient. 2e-5: fp32 sums of a
+    few hundred terms carry a relative error of about sqrt(300) * 6e-8 = 1e-6; the rest is margin
+    for two layers of backward passes."""
     assert got.keys() == expected.keys()
     scale = max(g.abs().max().item() for g in expected.values())
     assert scale > 1e-4      # else the comparison would say nothing
     for name in expected:
-        assert (got[name].double() - expected[name].double()).abs().max().item() <= tolerance * scale, name
+        difference = got[name].double() - expected[name].double()
+        assert difference.abs().max().item() <= tolerance * scale, name

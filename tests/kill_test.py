@@ -1,10 +1,12 @@
-"""Kill a run again and again, start it again each time, and compare it byte for byte with one that was left alone.
+"""Kill a run again and again, start it again each time, and compare it byte for byte with one that
+was left alone.
 
     python tests/kill_test.py [--kills 10] [--seed 0]
 
-Both runs train base models of their own. Two kills of three end every process of the run at once; the third ends only
-run_ilr.sh itself, and then a restart must be refused for as long as a stage that it left behind is at work.
-Compared is every file but the logs of time (times.jsonl, log.txt, the report from its prices on). Exit 1 on a difference.
+Both runs train base models of their own. Two kills of three end every process of the run at once;
+the third ends only run_ilr.sh itself, and then a restart must be refused for as long as a stage
+that it left behind is at work. Compared is every file but the logs of time (stages.jsonl, log.txt,
+the report from its prices on). Exit 1 on a difference.
 """
 import argparse
 import atexit
@@ -20,24 +22,27 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The smallest run whose weak model learns to write `#### N`, and one whose stages last long enough to be cut in two.
-TINY = dict(TRAIN=100, GT=40, TEST=16, PRETRAIN=300, PRETRAIN_WEAK=200, ROUNDS=1, WEAK_EPOCHS=60, WEAK_LR="3e-3", SFT_EPOCHS=4,
-            SFT_LR="1e-3", JUDGE_LR="1e-3", JUDGE_EPOCHS=2, DPO_LR="5e-5", DPO_EPOCHS=1)
-SMALL = dict(TRAIN=500, GT=100, TEST=100, PRETRAIN=2000, PRETRAIN_WEAK=1500, ROUNDS=1, WEAK_EPOCHS=30, WEAK_LR="3e-3",
-             JUDGE_EPOCHS=2)
-UNTIMED = {"times.jsonl", "log.txt", ".progress", ".lock", "report.html"}
+# The smallest run whose weak model learns to write `#### N`, and one whose stages last long enough
+# to be cut in two.
+TINY = dict(TRAIN=100, GT=40, TEST=16, PRETRAIN=300, PRETRAIN_WEAK=200, ROUNDS=1, WEAK_EPOCHS=60,
+            WEAK_LR="3e-3", SFT_EPOCHS=4, SFT_LR="1e-3", JUDGE_LR="1e-3", JUDGE_EPOCHS=2,
+            DPO_LR="5e-5", DPO_EPOCHS=1)
+SMALL = dict(TRAIN=500, GT=100, TEST=100, PRETRAIN=2000, PRETRAIN_WEAK=1500, ROUNDS=1,
+             WEAK_EPOCHS=30, WEAK_LR="3e-3", JUDGE_EPOCHS=2)
+UNTIMED = {"stages.jsonl", "log.txt", ".lock", "report.html"}
 
 
 def environment(out, bases, **settings):
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")}
-    return {**kept, "PYTHON": sys.executable, "OUT": str(out), "BASES": str(bases), "HF_HUB_OFFLINE": "1",
+    kept = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH")
+    return {**{k: v for k, v in os.environ.items() if k in kept}, "PYTHON": sys.executable,
+            "OUT": str(out), "BASES": str(bases), "HF_HUB_OFFLINE": "1",
             **{k: str(v) for k, v in settings.items()}}
 
 
-def call(out, bases, *words, **settings):
+def call(out, bases, *words, script="run_ilr.sh", root=ROOT, **settings):
     """One run of run_ilr.sh to its end: the CompletedProcess."""
-    return subprocess.run(["bash", "run_ilr.sh", *words], cwd=ROOT, env=environment(out, bases, **settings),
-                          capture_output=True, text=True)
+    return subprocess.run(["bash", script, *words], cwd=root, capture_output=True, text=True,
+                          env=environment(out, bases, **settings))
 
 
 @functools.cache
@@ -51,12 +56,18 @@ def finished_run():
 
 
 def contents(folder, keep=lambda path: True):
-    """{relative path: bytes} of a folder, without what tells the time or the commit (which may come between two runs)."""
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*"))
-             if p.is_file() and p.name not in UNTIMED and keep(p)}
-    files |= {str(p.relative_to(folder)): os.readlink(p).encode() for p in Path(folder).rglob("*") if p.is_symlink()}
+    """{relative path: bytes} of a folder, without what tells the time or the commit (which may come
+    between two runs)."""
+    files = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_symlink():
+            files[name] = os.readlink(path).encode()
+        elif path.is_file() and path.name not in UNTIMED and keep(path):
+            files[name] = path.read_bytes()
     if "config.json" in files:
-        files["config.json"] = b"\n".join(line for line in files["config.json"].splitlines() if b'"commit"' not in line)
+        lines = files["config.json"].splitlines()
+        files["config.json"] = b"\n".join(x for x in lines if b'"commit"' not in x)
     if "report.md" in files:
         files["report.md"] = files["report.md"].partition(b"## Price")[0]
     return files
@@ -70,12 +81,13 @@ def differences(a, b):
 
 # ---------------------------------------------------------------- killing
 def processes(session):
-    """Living processes of a session: lanes are process groups of their own, and orphans have no parent to be found by."""
+    """Living processes of a session: orphans have no parent to be found by."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
-            threads = len(os.listdir(stat.parent / "task"))      # a first thread that is dead waits for the others, who still hold the locks
+            # a first thread that is dead waits for the others, who still hold the locks
+            threads = len(os.listdir(stat.parent / "task"))
         except OSError:
             continue
         if int(sid) == session and (state != "Z" or threads > 1):
@@ -116,41 +128,48 @@ def lines(path):
 
 
 def killed_run(out, bases, kills, seed, wait=9.0, leader_every=3, **settings):
-    """A run killed `kills` times and started again: rows (seconds since the start, what was killed, stages at work, note).
+    """A run killed `kills` times and started again: rows (seconds since the start, what was killed,
+    stages at work, note).
 
-    The seed draws how many stages are complete when a kill comes (the run is cut in as many parts as there are kills, one in
-    each) and how many seconds, below `wait`, later it comes.
+    The seed draws how many stages are complete when a kill comes (the run is cut in as many parts
+    as there are kills, one in each) and how many seconds, below `wait`, later it comes.
     """
     rng, rows, began = random.Random(seed), [], time.monotonic()
-    stages = len(call(out, bases, "--dry-run", **settings).stdout.splitlines())
-    moments = [((k + rng.random()) / kills * 0.7 * stages, rng.uniform(0.2, wait)) for k in range(kills)]
+    stages = call(out, bases, "--dry-run", **settings).stdout.count("\n# ")
+    moments = [((k + rng.random()) / kills * 0.7 * stages, rng.uniform(0.2, wait))
+               for k in range(kills)]
     for k, (complete, later) in enumerate(moments):
         run = start(out, bases, **settings)
-        while run.poll() is None and len(lines(out / "times.jsonl")) < complete:
+        while run.poll() is None and len(lines(out / "stages.jsonl")) < complete:
             time.sleep(0.05)
         time.sleep(later)
         if run.poll() is not None:
-            rows.append((time.monotonic() - began, "-", "", f"had ended by itself, exit {run.returncode}"))
+            note = f"had ended by itself, exit {run.returncode}"
+            rows.append((time.monotonic() - began, "-", "", note))
             break
-        moment, working, note = time.monotonic() - began, " + ".join(at_work(run.pid)) or "between stages", ""
-        if (k + 1) % leader_every == 0:
+        moment, note, leader = time.monotonic() - began, "", (k + 1) % leader_every == 0
+        working = " + ".join(at_work(run.pid)) or "between stages"
+        if leader:
             run.kill()
             run.wait()
-            signal_all(run.pid, signal.SIGSTOP)                 # so that what is left cannot end before the restart
+            signal_all(run.pid, signal.SIGSTOP)     # what is left cannot end before the restart
             if processes(run.pid):
                 again = call(out, bases, **settings)
-                note = f"restart refused, exit {again.returncode}" if "is in use" in again.stderr else "RESTART NOT REFUSED"
+                note = f"restart refused, exit {again.returncode}"
+                if "is in use" not in again.stderr:
+                    note = "RESTART NOT REFUSED"
         kill_all(run.pid)
         run.wait()
-        rows.append((moment, "run_ilr.sh alone" if (k + 1) % leader_every == 0 else "everything", working, note))
+        rows.append((moment, "run_ilr.sh alone" if leader else "everything", working, note))
     last = call(out, bases, **settings)
     assert last.returncode == 0, last.stdout[-2000:] + last.stderr
     return rows
 
 
 def start(out, bases, **settings):
-    return subprocess.Popen(["bash", "run_ilr.sh"], cwd=ROOT, env=environment(out, bases, **settings), start_new_session=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(["bash", "run_ilr.sh"], cwd=ROOT, start_new_session=True,
+                            env=environment(out, bases, **settings), stdout=subprocess.DEVNULL,
+                            stderr=subprocess.DEVNULL)
 
 
 def print_table(rows):
@@ -170,10 +189,12 @@ def main(args):
         began = time.monotonic()
         done = call(top / "a", top / "bases_a", **settings)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-        print(f"undisturbed run: {time.monotonic() - began:.0f} s; seed {args.seed}, {args.kills} kills", flush=True)
+        print(f"undisturbed run: {time.monotonic() - began:.0f} s; seed {args.seed}, "
+              f"{args.kills} kills", flush=True)
         rows = killed_run(top / "b", top / "bases_b", args.kills, args.seed, **settings)
         print_table(rows)
-        print(f"trainings that continued in the middle: {len(resumed(top / 'b'))} ({'; '.join(resumed(top / 'b'))})")
+        continued = resumed(top / "b")
+        print(f"trainings that continued in the middle: {len(continued)} ({'; '.join(continued)})")
         count, wrong = 0, [row[3] for row in rows if "NOT" in row[3]]
         for a, b in (("a", "b"), ("bases_a", "bases_b")):
             count += len(contents(top / a))
@@ -187,7 +208,8 @@ def main(args):
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--kills", type=int, default=10)
     p.add_argument("--seed", type=int, default=0)
     sys.exit(main(p.parse_args()))

@@ -5,11 +5,16 @@ import shlex
 import shutil
 
 import pytest
-
+from conftest import everything, rows
 from kill_test import TINY, call, contents, differences, finished_run
-from tasks._methods import METHODS
 
-JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", "report.html", ".png")
+import baselines
+from report.methods import METHODS
+
+pytestmark = pytest.mark.slow
+JUDGED_BY_REFERENCE = ("graded.jsonl", "summary", "report.json", "report.md", "report.html", ".png",
+                       "stages.jsonl")
+ALL = ["ilr", "dpo", "naive", *baselines.names()]
 
 
 @pytest.fixture(scope="module")
@@ -24,35 +29,43 @@ def copied(finished, tmp_path):
     return tmp_path / "run", finished[1]
 
 
-def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+def report_of(out):
+    return json.loads((out / "report.json").read_text())
 
 
+# ---------------------------------------------------------------- what a run leaves
 def test_every_file_is_there_and_none_is_half_written(finished):
     out, bases = finished
     report = (out / "report.md").read_text()
-    assert "| ILR |" in report and "| DPO |" in report and "(test_accuracy.png)" in report and "(label_accuracy.png)" in report
+    assert "| ILR |" in report and "| DPO |" in report
     for figure in ("test_accuracy.png", "label_accuracy.png"):
-        assert (out / figure).read_bytes().startswith(b"\x89PNG") and (out / figure).stat().st_size > 5000
-    numbers = json.loads((out / "report.json").read_text())
-    assert set(numbers["tests"]) == {"weak", "gold", "sft", "ilr_1", "dpo_1"} and numbers["n_test"] == TINY["TEST"]
+        assert f"({figure})" in report and (out / figure).stat().st_size > 5000
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+    numbers = report_of(out)
+    assert set(numbers["tests"]) == {"weak", "gold", "sft", "ilr_1", "dpo_1"}
+    assert numbers["n_test"] == TINY["TEST"]
     assert set(numbers["labels"]) == {"weak", "ilr_1"} and list(numbers["judges"]) == ["0"]
     config = json.loads((out / "config.json").read_text())
-    assert config["settings"]["ALPHA"] == "0.15" and config["settings"]["TRAIN"] == str(TINY["TRAIN"]) and config["code"]
-    litter = (".partial", ".writing", ".pt", ".out", ".err")
+    assert config["settings"]["ALPHA"] == "0.15" and config["versions"]["torch"]
+    assert config["settings"]["TRAIN"] == str(TINY["TRAIN"])
+    litter = (".partial", ".partial.json", ".writing", ".pt")
     assert [p for top in finished for p in top.rglob("*") if p.name.endswith(litter)] == []
     run = out / "seed_0"
-    for model in ("weak/model", "weak/model/checkpoint-10", "judge/model", "sft/model_1", "gold/model_1", "ilr_1/half_1",
-                  "ilr_1/half_2", "ilr_1/model_1", "dpo_1/model_1"):
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (run / model).iterdir()}, model
+    for model in ("weak/model", "weak/model/checkpoint-30", "judge/model", "sft/model_1",
+                  "gold/model_1", "ilr_1/half_1", "ilr_1/half_2", "ilr_1/model_1", "dpo_1/model_1"):
+        names = {p.name for p in (run / model).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= names, model
+    assert {p.name for p in (run / "weak/model").glob("checkpoint-*")} == {
+        f"checkpoint-{p}" for p in config["settings"]["CHECKPOINTS"].split()}
     for path in run.rglob("*.jsonl"):
-        text = path.read_text()
-        assert text.endswith("\n") and all(isinstance(json.loads(line), dict) for line in text.splitlines()), path
-    unlab = [json.loads(line)["id"] for line in (run / "data/unlab.jsonl").open()]
+        assert all(isinstance(row, dict) for row in rows(path)), path
+        assert path.read_text().endswith("\n"), path
+    unlab = [r["id"] for r in rows(run / "data/unlab.jsonl")]
+    assert len(unlab) == TINY["TRAIN"] - TINY["GT"]
     for labels in ("weak/labels.jsonl", "ilr_1/labels.jsonl"):
-        assert [json.loads(line)["id"] for line in (run / labels).open()] == unlab and len(unlab) == TINY["TRAIN"] - TINY["GT"]
-    refined = [json.loads(line) for line in (run / "ilr_1/labels.jsonl").open()]
-    assert 0 < sum(r["accepted"] for r in refined) < len(refined)     # else the chain would show nothing of refinement
+        assert [r["id"] for r in rows(run / labels)] == unlab
+    accepted = [r["accepted"] for r in rows(run / "ilr_1/labels.jsonl")]
+    assert 0 < sum(accepted) < len(accepted)     # else the chain would show nothing of refinement
 
 
 def test_a_second_call_changes_no_byte(finished):
@@ -61,11 +74,10 @@ def test_a_second_call_changes_no_byte(finished):
     again = call(out, bases, **TINY)
     assert again.returncode == 0, again.stderr
     after = [everything(top) for top in finished]
-    for folder in (*before, *after):
-        folder.pop(".progress", None)      # the order in which two lanes said where they are
-    assert [differences(a, b) for a, b in zip(before, after)] == [[], []]
-    places = [line for line in again.stdout.splitlines() if line.startswith("[")]
+    assert [differences(a, b) for a, b in zip(before, after, strict=True)] == [[], []]
+    *places, report = [line for line in again.stdout.splitlines() if line.startswith("[")]
     assert len(places) > 30 and all(line.endswith(": complete") for line in places)
+    assert report.endswith(" report")
 
 
 def test_another_setting_is_refused_by_name_and_more_rounds_are_not(copied):
@@ -75,12 +87,16 @@ def test_another_setting_is_refused_by_name_and_more_rounds_are_not(copied):
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
     assert "ALPHA was '0.15', is '0.3'" in refused.stderr and str(out) in refused.stderr
     assert differences(before, everything(out)) == []
-    more = call(out, bases, **{**TINY, "METHODS": "ilr", "ROUNDS": 2})
+    more = call(out, bases, **{**TINY, "METHODS": "ilr", "ROUNDS": 2, "RETRAINS": 2})
     assert more.returncode == 0, more.stdout + more.stderr
-    assert "ilr_2" in json.loads((out / "report.json").read_text())["tests"]
-    now = everything(out)
-    assert [n for n in differences(before, {k: v for k, v in now.items() if k in before})
-            if n.split()[0].startswith("seed_0/")] == []
+    found = report_of(out)["tests"]
+    assert "ilr_2" in found and len(found["ilr_1"]["0"]) == 2
+    now = {name: data for name, data in everything(out).items() if name in before}
+    assert [n for n in differences(before, now) if n.startswith("seed_0/")] == []
+    fewer = call(out, bases, **TINY)        # which takes nothing back
+    assert fewer.returncode == 0, fewer.stderr
+    kept = json.loads((out / "config.json").read_text())["settings"]
+    assert (kept["ROUNDS"], kept["RETRAINS"], kept["METHODS"]) == ("2", "2", "ilr dpo")
 
 
 def test_a_failed_stage_ends_the_run_and_says_which(copied):
@@ -88,217 +104,280 @@ def test_a_failed_stage_ends_the_run_and_says_which(copied):
     shutil.rmtree(out / "seed_0/dpo_1")
     (out / "seed_0/sft/model_1/model.safetensors").write_bytes(b"broken")
     failed = call(out, bases, **TINY)
-    assert failed.returncode != 0 and "Traceback" not in failed.stderr
-    assert "model_1: not a model folder" in failed.stderr and "stage seed_0/dpo_1/sample failed (exit 2)" in failed.stderr
-    assert not list((out / "seed_0/dpo_1").glob("*"))
+    assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 2
+    assert "model_1: not a model folder" in failed.stderr
+    assert "stage seed_0/dpo_1/sample failed (exit 2)" in failed.stderr
+    assert not list((out / "seed_0/dpo_1").glob("[!.]*"))
 
 
+def test_an_ablation_takes_over_what_it_leaves_unchanged(finished, tmp_path):
+    """Another cap of ILR: its labels differ, and what follows from them; all else is taken over."""
+    out, bases = finished
+    done = call(tmp_path / "run", bases, **{**TINY, "ALPHA": 0.5, "FROM": out})
+    assert done.returncode == 0, done.stdout + done.stderr
+    places = [line.partition("] ")[2] for line in done.stdout.splitlines() if line.startswith("[")]
+    ran = [line.removeprefix("seed_0/") for line in places if ": " not in line]
+    assert ran == ["ilr_1/refine", *[r for r in ran if r.startswith("ilr_1/")][1:], "report"]
+    assert set(ran) == {"ilr_1/refine", "ilr_1/grade_labels", "ilr_1/train_1", "ilr_1/answer_1",
+                        "ilr_1/grade_1", "report"}
+    assert ("note: seed_0/ilr_1/refine is not taken over: --max-replace was 0.15, is 0.5"
+            in done.stdout)
+    a, b = contents(out), contents(tmp_path / "run")
+    changed = {n.split()[0] for n in differences(a, b)}
+    assert all(n.startswith(("seed_0/ilr_1/", "report", "config")) or n.endswith(".png")
+               for n in changed)
+    assert "seed_0/ilr_1/labels.jsonl" in changed and "seed_0/ilr_1/comparisons.jsonl" not in changed
+    assert report_of(tmp_path / "run")["price"] and (tmp_path / "run/report.md").exists()
+
+
+# ---------------------------------------------------------------- what a run may read
 def test_scrambled_references_and_one_job_change_nothing(finished, tmp_path):
-    """Everything from the weak labels on is made again, one stage after the other, with every reference of D_unlab wrong."""
+    """Everything from the weak labels on is made again, one stage after the other, with every
+    reference of D_unlab wrong."""
     out, bases = finished
     shutil.copytree(out, tmp_path / "run", ignore=shutil.ignore_patterns(
         "sft", "gold", "ilr_1", "dpo_1", "judge", "report*", "*.png", "labe*", "eval*"))
     unlab = tmp_path / "run/seed_0/data/unlab.jsonl"
-    records = [json.loads(line) for line in unlab.open()]
+    records = rows(unlab)
     wrong = [str(1000 + int(r["reference"])) for r in records[1:] + records[:1]]
-    unlab.write_text("".join(json.dumps({**r, "reference": w}, ensure_ascii=False) + "\n" for r, w in zip(records, wrong)))
+    unlab.write_text("".join(json.dumps({**r, "reference": w}, ensure_ascii=False) + "\n"
+                             for r, w in zip(records, wrong, strict=True)))
     done = call(tmp_path / "run", bases, **{**TINY, "JOBS": 1})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": complete") == 5     # corpora, two base models, data, weak model: the rest is new
+    # corpora, two base models, data, weak model: the rest is new
+    assert done.stdout.count(": complete") == 5
 
     def unreferenced(top):
         files = contents(top, lambda p: not p.name.endswith(JUDGED_BY_REFERENCE))
-        return {name: [{k: v for k, v in json.loads(line).items() if k != "reference"} for line in data.splitlines()]
-                if name.endswith(".jsonl") else data for name, data in files.items()}
+        for name, data in files.items():
+            if name.endswith(".jsonl"):
+                found = [json.loads(line) for line in data.splitlines()]
+                files[name] = [{k: v for k, v in r.items() if k != "reference"} for r in found]
+        return files
     a, b = unreferenced(out), unreferenced(tmp_path / "run")
     assert differences(a, b) == []
-    assert {"seed_0/weak/labels.jsonl", "seed_0/judge/model/model.safetensors", "seed_0/ilr_1/model_1/model.safetensors",
-            "seed_0/ilr_1/comparisons.jsonl", "seed_0/dpo_1/preferences.jsonl", "seed_0/dpo_1/model_1/model.safetensors",
-            "seed_0/ilr_1/eval_1.jsonl"} <= set(a)
-    # what does not come from D_unlab is the same to the last byte, with one job and with two
-    same = [{n: d for n, d in contents(top).items() if n.startswith(("seed_0/judge/", "seed_0/weak/eval", "seed_0/gold/"))}
-            for top in (out, tmp_path / "run")]
+    assert {"weak/labels.jsonl", "judge/model/model.safetensors", "ilr_1/model_1/model.safetensors",
+            "ilr_1/comparisons.jsonl", "dpo_1/preferences.jsonl", "ilr_1/eval_1.jsonl",
+            "dpo_1/model_1/model.safetensors"} <= {n.removeprefix("seed_0/") for n in a}
+    # what does not come from D_unlab is the same to the last byte, with one job and with four
+    whole, part = contents(out), contents(tmp_path / "run")
+    apart = ("seed_0/judge/", "seed_0/weak/eval", "seed_0/gold/")
+    same = [{n: d for n, d in files.items() if n.startswith(apart)} for files in (whole, part)]
     assert same[0] and differences(*same) == []
     # and the scrambling did reach what references are for
-    assert contents(out)["seed_0/weak/labels.graded.jsonl"] != contents(tmp_path / "run")["seed_0/weak/labels.graded.jsonl"]
+    assert whole["seed_0/weak/labels.graded.jsonl"] != part["seed_0/weak/labels.graded.jsonl"]
 
 
 def test_supervision_quality_and_naive_ilr(finished, tmp_path):
-    """JUDGE=oracle, CLEAN_START=1 and METHODS=naive on the weak side of the finished run, half of its labels made right."""
+    """JUDGE=oracle, CLEAN_START=1 and METHODS=naive on the weak side of the finished run, half of
+    its labels made right."""
     out, run = tmp_path / "run", tmp_path / "run/seed_0"
     for part in ("data", "weak", "judge"):
         shutil.copytree(finished[0] / "seed_0" / part, run / part, symlinks=True)
-    gold = [json.loads(line) for line in (run / "data/unlab.jsonl").open()]
-    labels = [{**r, "completion": r["completion"] if i % 2 else "#### 1000"} for i, r in enumerate(gold)]
+    labels = [{**r, "completion": r["completion"] if i % 2 else "#### 1000"}
+              for i, r in enumerate(rows(run / "data/unlab.jsonl"))]
     (run / "weak/labels.jsonl").write_text("".join(json.dumps(r) + "\n" for r in labels))
-    done = call(out, finished[1], **{**TINY, "METHODS": "naive ilr", "JUDGE": "oracle", "CLEAN_START": 1})
+    settings = {"METHODS": "naive ilr", "JUDGE": "oracle", "CLEAN_START": 1}
+    done = call(out, finished[1], **{**TINY, **settings})
     assert done.returncode == 0, done.stdout + done.stderr
-    read = {p: [json.loads(line) for line in (run / p / "labels.jsonl").open()] for p in ("clean", "ilr_1", "naive_1")}
-    assert read["clean"] == labels[1::2] and all(not r["accepted"] for r in read["ilr_1"])     # nothing is better than right
-    assert sum(r["accepted"] for r in read["naive_1"]) == len(labels) // 2 * 15 // 100 and not (run / "naive_1/comparisons.jsonl").exists()
-    numbers = json.loads((out / "report.json").read_text())
-    assert numbers["labels"]["clean"] == {"0": [1.0]} and {"sft", "ilr_1", "naive_1"} <= set(numbers["tests"])
+    read = {p: rows(run / p / "labels.jsonl") for p in ("clean", "ilr_1", "naive_1")}
+    assert read["clean"] == labels[1::2]
+    assert all(not r["accepted"] for r in read["ilr_1"])     # nothing is better than right
+    assert sum(r["accepted"] for r in read["naive_1"]) == len(labels) // 2 * 15 // 100
+    assert not (run / "naive_1/comparisons.jsonl").exists()
+    numbers = report_of(out)
+    assert numbers["labels"]["clean"] == {"0": [1.0]}
+    assert {"sft", "ilr_1", "naive_1"} <= set(numbers["tests"])
     report = (out / "report.md").read_text()
     assert "| naive's labels | 100.0 |" in report and "| ILR's labels | 100.0 | 100.0 |" in report
 
 
-def test_every_baseline_runs_on_the_finished_run(copied):
+def test_every_method_runs_on_the_finished_run(copied):
     out, bases = copied
-    done = call(out, bases, **{**TINY, "METHODS": ALL})
+    done = call(out, bases, **{**TINY, "METHODS": " ".join(ALL)})
     assert done.returncode == 0, done.stdout + done.stderr
-    numbers = json.loads((out / "report.json").read_text())
-    assert set(numbers["tests"]) == {"weak", "gold", "sft", *(f"{m}_1" for m in ALL.split())}
+    numbers = report_of(out)
+    assert set(numbers["tests"]) == {"weak", "gold", "sft", *(f"{m}_1" for m in ALL)}
     run = out / "seed_0"
-    assert all(len((run / f"{m}_1/eval_1.jsonl").read_text().splitlines()) == TINY["TEST"] for m in ALL.split())
+    assert all(len(rows(run / f"{m}_1/eval_1.jsonl")) == TINY["TEST"] for m in ALL)
     # what each point cost: models, generated files, judged pairs
     learned = json.loads((run / "sft/model_1/price.json").read_text())
-    steps = [json.loads(line) for line in (run / "sft/model_1/metrics.jsonl").open()]
-    assert learned["trained_tokens"] == sum(s["tokens"] for s in steps) > 1000 and learned["weights"] == learned["trained_weights"] > 100_000
+    steps = rows(run / "sft/model_1/metrics.jsonl")
+    assert learned["trained_tokens"] == sum(s["tokens"] for s in steps) > 1000
+    assert learned["weights"] == learned["trained_weights"] > 100_000
     preferred = json.loads((run / "dpo_1/model_1/price.json").read_text())
-    assert preferred["read_tokens"] == preferred["trained_tokens"] > 0          # DPO_EPOCHS=1: read once by the reference, trained on once
-    sampled, answered = (json.loads((run / f"{name}.jsonl.price").read_text()) for name in ("dpo_1/samples", "sft/eval_1"))
-    assert sampled["generated_tokens"] > answered["generated_tokens"] > 0 and sampled["weights"] == learned["weights"]
-    assert json.loads((run / "ilr_1/comparisons.jsonl.summary").read_text())["read_tokens"] > 0
-    assert json.loads((run / "judge/model/price.json").read_text())["read_tokens"] > 0
+    # DPO_EPOCHS=1: read once by the reference, trained on once
+    assert preferred["read_tokens"] == preferred["trained_tokens"] > 0
+    sampled, answered = (json.loads((run / f"{name}.jsonl.price").read_text())
+                         for name in ("dpo_1/samples", "sft/eval_1"))
+    assert sampled["generated_tokens"] > answered["generated_tokens"] > 0
+    assert sampled["weights"] == learned["weights"]
+    for name in ("ilr_1/comparisons.jsonl.summary", "judge/model/price.json"):
+        assert json.loads((run / name).read_text())["read_tokens"] > 0
     # and the report finds all of it: no blank in the prices of any method
     prices = numbers["price"]
-    assert set(prices) == {"weak", "judge", "sft", *(f"{m}_1" for m in ALL.split())} and not any(None in row.values() for row in prices.values())
+    assert set(prices) == {"weak", "judge", "sft", *(f"{m}_1" for m in ALL)}
+    assert not any(None in row.values() for row in prices.values())
     text = (out / "report.md").read_text()
-    assert all(f"\n- {METHODS[m][0]}: " in text and f"\n| {METHODS[m][0]}, through round 1 | " in text for m in ALL.split())
-    assert prices["filter_1"]["asked"] == prices["ilr_1"]["asked"] == prices["dpo-labels_1"]["asked"] > prices["spin_1"]["asked"] == 0
-    assert prices["sft-chosen_1"]["generated"] == prices["dpo_1"]["generated"] and prices["ensemble_1"]["flops"] < prices["naive_1"]["flops"]
+    for m in ALL:
+        name = METHODS[m].NAME
+        assert f"\n- {name}: " in text and f"\n| {name}, through round 1 | " in text
+    asked = {m: prices[f"{m}_1"]["asked"] for m in ALL}
+    assert asked["filter"] == asked["ilr"] == asked["dpo-labels"] > asked["spin"] == 0
+    assert prices["sft-chosen_1"]["generated"] == prices["dpo_1"]["generated"]
+    assert prices["ensemble_1"]["flops"] < prices["naive_1"]["flops"]
+
+
+# ---------------------------------------------------------------- plans
+def commands_of(done):
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return [line for line in done.stdout.splitlines() if not line.startswith("# ")]
+
+
+def outs_of(words):
+    """The values of --out."""
+    first = words.index("--out") + 1 if "--out" in words else len(words)
+    ends = [i for i in range(first, len(words)) if words[i].startswith("--")]
+    return words[first:min(ends, default=len(words))]
 
 
 def check_order(commands, folder):
-    """What the commands write, in an order in which whatever one of them reads in `folder` was written before; and all their
-    flags are ones that the stages have."""
+    """What the commands write, in an order in which whatever one of them reads in `folder` was
+    written before; and all their flags are ones that the stages have."""
     made = []
     for line in commands:
         words = shlex.split(line)
-        stage = importlib.import_module(words[1].removesuffix(".py").replace("/", "."))
-        stage.parser().parse_args(words[2:])
-        first = words.index("--out") + 1
-        outs = words[first:next((i for i in range(first, len(words)) if words[i].startswith("--")), len(words))]
+        script = words[1].removesuffix(".py")
+        if script.startswith("baselines/"):
+            baselines.parser(script.partition("/")[2].replace("_", "-")).parse_args(words[2:])
+        else:
+            stage = importlib.import_module(script.replace("/", "."))
+            stage.parser().parse_args(words[2:])
+        outs = outs_of(words)
+        folders = [words[i + 1] for i, word in enumerate(words) if word in ("--run", "report")]
         for word in words:
-            if word.startswith(str(folder)) and word not in outs:
+            if word.startswith(str(folder)) and word not in (*outs, *folders):
                 assert any(word == path or word.startswith(path + "/") for path in made), line
         made += outs
     return made
 
 
 @pytest.mark.parametrize("preset", ["gsm8k", "bird", "saferpaca", "gsm8k-70b"])
-@pytest.mark.parametrize("settings", [{}, {"LORA_RANK": 64, "LOAD_IN_4BIT": 1, "CHAT_TEMPLATE": 1}, {"JUDGE": "http://h/v1", "JUDGE_MODEL": "small"},
-                                      {"JUDGE": "human", "CLEAN_START": 1, "METHODS": "naive ilr", "ROUNDS": 6}, {"LABEL_NOISE": 0.2}],
-                         ids=["", "4bit", "url", "human", "noise"])
+@pytest.mark.parametrize("settings", [
+    {}, {"LORA_RANK": 64, "LOAD_IN_4BIT": 1, "CHAT_TEMPLATE": 1},
+    {"JUDGE": "http://h/v1", "JUDGE_MODEL": "small"},
+    {"JUDGE": "human", "CLEAN_START": 1, "METHODS": "naive ilr", "ROUNDS": 6},
+    {"LABEL_NOISE": 0.2}], ids=["", "4bit", "url", "human", "noise"])
 def test_dry_run_of_every_preset(preset, settings, tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", **settings)
-    assert (done.returncode, done.stderr) == (0, "") and list(tmp_path.iterdir()) == []
-    commands = done.stdout.splitlines()
+    commands = commands_of(done)
+    assert list(tmp_path.iterdir()) == []
     made = check_order(commands, tmp_path)
     at, rounds = tmp_path / "run/seed_0", settings.get("ROUNDS", 3)
-    assert {f"{at}/sft/model_1", f"{at}/gold/model_1", *(f"{at}/ilr_{k}/model_1" for k in range(1, rounds + 1))} <= set(made)
-    assert (f"{at}/judge/model" in made) == ("JUDGE" not in settings) and (f"{at}/dpo_3/model_1" in made) == ("METHODS" not in settings)
-    compared = [c for c in commands if c.startswith("python compare.py score") or " compare.py score" in c]
-    assert compared and all((f"--judge {settings['JUDGE']} " in c) for c in compared if "JUDGE" in settings)
-    assert all(("--embedder" in c) == (preset == "saferpaca") and ("--judge-model small" in c) == ("JUDGE_MODEL" in settings) for c in compared)
-    weak, strong = ([c for c in commands if f"sft.py --model {m} " in c] for m in (
-        "mistralai/Mistral-7B-v0.1" if preset == "gsm8k-70b" else "google/gemma-2b",
-        "mistralai/Mistral-7B-v0.1" if preset in ("gsm8k", "saferpaca") else "meta-llama/Meta-Llama-3-70B"))
-    small = preset in ("bird", "gsm8k-70b") or "LOAD_IN_4BIT" in settings       # 70B fits one GPU in 4 bits only
-    assert weak and strong and all("--load-in-4bit" not in c for c in weak) and all(("--load-in-4bit" in c) == small for c in strong)
-    generated = [c for c in commands if " generate.py" in c]
-    assert all(("--load-in-4bit" in c) == (small and not ("/weak/" in c.split("--data")[0] or "/judge/" in c.split("--data")[0])) for c in generated)
-    models = [c for c in commands if any(f" {s} " in c for s in ("sft.py", "generate.py", "dpo.py", "compare.py"))]
-    assert all(("--chat-template" in c) == ("CHAT_TEMPLATE" in settings) for c in models)
+    assert {f"{at}/sft/model_1", f"{at}/gold/model_1",
+            *(f"{at}/ilr_{k}/model_1" for k in range(1, rounds + 1))} <= set(made)
+    assert (f"{at}/judge/model" in made) == ("JUDGE" not in settings)
+    assert (f"{at}/dpo_3/model_1" in made) == ("METHODS" not in settings)
+    compared = [c for c in commands if " compare.py score" in c]
+    assert compared and all(f"--judge {settings['JUDGE']} " in c for c in compared
+                            if "JUDGE" in settings)
+    assert all(("--embedder" in c) == (preset == "saferpaca") for c in compared)
+    assert all(("--judge-model small" in c) == ("JUDGE_MODEL" in settings) for c in compared)
+    weak, strong = "google/gemma-2b", "mistralai/Mistral-7B-v0.1"
+    if preset == "gsm8k-70b":
+        weak = strong
+    if preset in ("bird", "gsm8k-70b"):
+        strong = "meta-llama/Meta-Llama-3-70B"
+    weak, strong = ([c for c in commands if f"sft.py --model {m} " in c] for m in (weak, strong))
+    # 70B fits one GPU in 4 bits only
+    small = preset in ("bird", "gsm8k-70b") or "LOAD_IN_4BIT" in settings
+    assert weak and strong and all("--load-in-4bit" not in c for c in weak)
+    assert all(("--load-in-4bit" in c) == small for c in strong)
+    for command in (c for c in commands if " generate.py" in c):
+        models = command.split("--data")[0]
+        by_weak = "/weak/" in models or "/judge/" in models
+        assert ("--load-in-4bit" in command) == (small and not by_weak)
+    for script in ("sft.py", "generate.py", "dpo.py", "compare.py"):
+        assert all(("--chat-template" in c) == ("CHAT_TEMPLATE" in settings)
+                   for c in commands if f" {script} " in c)
     labelled = [c for c in commands if "--source weak" in c or "--source proposal" in c]
     assert all(("--temperature 1.0" in c) == (preset == "saferpaca") for c in labelled)
-    assert any("evaluate.py grade" in c and "labels" in c for c in commands) == (preset != "saferpaca")
-
-
-ALL = "ilr dpo naive dpo-labels filter rft steer ensemble sft-chosen spin dpo-release dpo-coin"
+    grades = any("evaluate.py grade" in c and "labels" in c for c in commands)
+    assert grades == (preset != "saferpaca")
 
 
 @pytest.mark.parametrize("preset", ["arithmetic", "gsm8k"])
 def test_every_method_is_made_in_an_order_that_works(preset, tmp_path):
-    """Whatever the order of METHODS; and one stage after the other (JOBS=1) takes the same order."""
-    done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", METHODS=" ".join(reversed(ALL.split())), ROUNDS=2)
-    assert (done.returncode, done.stderr) == (0, "")
-    made = check_order(done.stdout.splitlines(), tmp_path)
+    """Whatever the order of METHODS; one stage after the other (JOBS=1) takes the same order."""
+    done = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", ROUNDS=2,
+                METHODS=" ".join(reversed(ALL)))
+    made = check_order(commands_of(done), tmp_path)
     at = tmp_path / "run/seed_0"
-    assert {f"{at}/{m}_{k}/eval_1.jsonl" for m in ALL.split() for k in (1, 2) if m != "ensemble"} | {f"{at}/ensemble_1/eval_1.jsonl"} <= set(made)
+    answers = {f"{at}/{m}_{k}/eval_1.jsonl" for m in ALL for k in (1, 2)
+               if m != "ensemble" or k == 1}
+    assert answers <= set(made)
     refused = call(tmp_path / "run", tmp_path / "bases", preset, "--dry-run", METHODS="dpo rft")
-    assert refused.returncode == 2 and refused.stderr == "run_ilr.sh: error: METHODS: rft needs ilr beside it\n"
+    assert refused.returncode == 2
+    assert refused.stderr == "run_ilr.sh: error: METHODS: rft needs ilr beside it\n"
+
+
+def test_any_file_of_tasks_is_a_task_of_run_ilr(tmp_path):
+    """A task without a preset gets presets/generic.sh."""
+    from test_stages import house_in
+    house = house_in(tmp_path)
+    shutil.copy(house / "tasks/arithmetic.py", house / "tasks/mine.py")
+    done = call("runs/x", "bases", "mine", "--dry-run", root=house)
+    commands = commands_of(done)
+    assert commands[0].split()[1:4] == ["tasks/mine.py", "--out", "runs/x/seed_0/data"]
+    assert all("--task mine" in c for c in commands if " evaluate.py grade" in c)
 
 
 @pytest.mark.parametrize("settings, flags", [
-    ({}, "--beta 0.1 --lr"), ({"DPO_LOSS": "rdpo", "BETA": 0.2}, "--beta 0.2 --loss rdpo --judge {judge} --lr"),
-    ({"DPO_LOSS": "hinge"}, "--beta 0.1 --loss hinge --lr"), ({"DPO_LOSS": "asft", "DPO_NLL": 0.5, "JUDGE": "oracle"}, "--loss asft --nll-weight 0.5 --lr")], ids=["", "rdpo", "hinge", "asft"])
+    ({}, "--loss sigmoid --nll-weight 0 --lr"),
+    ({"DPO_LOSS": "rdpo", "BETA": 0.2}, "--loss rdpo --beta 0.2 --nll-weight 0 --lr"),
+    ({"DPO_LOSS": "simpo", "DPO_FLAGS": "--gamma 1.6"}, "--loss simpo --nll-weight 0 --lr"),
+    ({"DPO_LOSS": "asft", "DPO_NLL": 0.5, "JUDGE": "oracle"}, "--loss asft --nll-weight 0.5 --lr")],
+    ids=["", "rdpo", "simpo", "asft"])
 def test_another_preference_loss(settings, flags, tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", "--dry-run", SEEDS="0 1", **settings)
-    assert (done.returncode, done.stderr) == (0, "")
-    check_order(done.stdout.splitlines(), tmp_path)
+    commands = commands_of(done)
+    check_order(commands, tmp_path)
     for seed in (0, 1):
-        trained = [c for c in done.stdout.splitlines() if " dpo.py " in c and f"seed_{seed}/" in c]
-        assert len(trained) == 3 and all(flags.format(judge=tmp_path / f"run/seed_{seed}/judge/model") in c for c in trained)
-        assert settings or not any("--loss" in c or "--nll-weight" in c for c in trained)
+        judge = tmp_path / f"run/seed_{seed}/judge/model"
+        trained = [c for c in commands if " dpo.py " in c and f"seed_{seed}/" in c]
+        assert len(trained) == 3 and all(flags in c for c in trained)
+        assert all((f"--judge {judge}" in c) == ("JUDGE" not in settings) for c in trained)
+        assert all(settings.get("DPO_FLAGS", "") in c for c in trained)
 
 
-@pytest.mark.parametrize("judge", ["oracle", "human", "http://h/v1"])
-def test_losses_that_need_a_noise_rate_need_a_trained_judge(judge, tmp_path):
-    refused = call(tmp_path / "run", tmp_path / "bases", JUDGE=judge, JUDGE_MODEL="m", DPO_LOSS="rdpo")
-    assert refused.returncode == 2 and list(tmp_path.iterdir()) == []
-    assert refused.stderr == f"run_ilr.sh: error: JUDGE is '{judge}': expected trained with DPO_LOSS=rdpo, whose noise rate is that of a trained judge\n"
-
-
-@pytest.mark.parametrize("settings, message", [({"JUDGE_FLIPS": 0.1}, "JUDGE_FLIPS is '0.1': expected 0 with DPO_LOSS=rdpo"),
-                                               ({"METHODS": "dpo spin"}, "METHODS: spin and dpo-coin ask no judge"), ({"FLIP_KIND": "odd"}, "FLIP_KIND is 'odd'")])
-def test_losses_that_know_the_judges_errors_are_told_the_right_ones(settings, message, tmp_path):
+@pytest.mark.parametrize("settings", [
+    {"JUDGE": "oracle"}, {"JUDGE": "human"}, {"JUDGE": "http://h/v1", "JUDGE_MODEL": "m"},
+    {"JUDGE_FLIPS": 0.1}, {"METHODS": "spin"}, {"METHODS": "ilr dpo-coin"}],
+    ids=["oracle", "human", "url", "flips", "spin", "coin"])
+def test_losses_that_know_the_judges_errors_need_a_judge_whose_errors_are_known(settings, tmp_path):
     refused = call(tmp_path / "run", tmp_path / "bases", DPO_LOSS="rdpo", **settings)
-    assert refused.returncode == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+    assert refused.returncode == 2 and list(tmp_path.iterdir()) == []
+    assert len(refused.stderr.splitlines()) == 1
+    assert "dpo.py: --loss rdpo needs a noise rate" in refused.stderr
+    given = call(tmp_path / "run", tmp_path / "bases", "--dry-run", DPO_LOSS="rdpo",
+                 DPO_FLAGS="--noise 0.2", **settings)
+    assert given.returncode == 0, given.stderr
 
 
 def test_help_and_dry_run_leave_nothing_behind(tmp_path):
     out, bases = tmp_path / "run", tmp_path / "bases"
     shown = call(out, bases, "--help", **TINY)
-    assert shown.returncode == 0 and "ALPHA" in shown.stdout and "0.15" in shown.stdout and str(out) in shown.stdout
+    assert shown.returncode == 0 and "ALPHA" in shown.stdout and "0.15" in shown.stdout
+    assert str(out) in shown.stdout
     dry = call(out, bases, "--dry-run", **{**TINY, "ROUNDS": 2, "SEEDS": "0 1"})
     assert dry.returncode == 0 and not out.exists() and not bases.exists()
-    commands = dry.stdout.splitlines()
-    assert all(line.split()[1].startswith(("tasks/", "sft.py", "generate.py", "compare.py", "refine.py", "dpo.py", "evaluate.py"))
-               for line in commands)
-    made = check_order(commands, tmp_path)
-    assert {f"{out}/seed_{s}/{m}_{k}/model_1" for s in (0, 1) for m in ("ilr", "dpo") for k in (1, 2)} <= set(made)
-    assert call(out, bases, "--dry-nun").returncode == 2 and call(out, bases, "nothing").returncode == 2 and not out.exists()
-
-
-@pytest.mark.parametrize("setting", ["ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast", "CLEAN_START=2", "CHECKPOINTS=5",
-                                     "JUDGE=ftp://x", "LOAD_IN_4BIT=yes", "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1",
-                                     "DPO_LOSS=kto", "DPO_NLL=-1", "LABEL_NOISE=1.5"])
-def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
-    name, _, value = setting.partition("=")
-    refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
-    assert refused.returncode == 2 and refused.stderr.startswith(f"run_ilr.sh: error: {name} is '{value}': expected ")
-    assert len(refused.stderr.splitlines()) == 1 and list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"JUDGE": "https://h/v1"}, "JUDGE_MODEL is '': expected the model"), ({"WEAK_ACCURACY": "0.5"}, "WEAK_ACCURACY is '0.5': expected 0"),
-    ({"ILR_JUDGE_URL": "https://h/v1?key=secret"}, "ILR_JUDGE_URL is"), ({"EMBEDDER": "https://u@h/v1"}, "EMBEDDER is")])
-def test_settings_that_would_fail_after_days_are_refused_at_once(settings, message, tmp_path):
-    refused = call(tmp_path / "run", tmp_path / "bases", "saferpaca", **settings)
-    assert refused.returncode == 2 and message in refused.stderr and list(tmp_path.iterdir()) == []
-
-
-def test_a_run_that_made_nothing_may_be_begun_anew(tmp_path):
-    failed = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=tmp_path / "nowhere", HF_HUB_OFFLINE=1, https_proxy="http://127.0.0.1:1")
-    assert failed.returncode == 2 and "run_ilr.sh: DATA_DIR" in failed.stderr
-    again = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=tmp_path / "elsewhere", https_proxy="http://127.0.0.1:1")
-    assert again.returncode == 2 and "another configuration" not in again.stderr and "elsewhere" in (tmp_path / "run/config.json").read_text()
-
-
-def test_four_bits_without_adapters_are_refused_at_once(tmp_path):
-    refused = call(tmp_path / "run", tmp_path / "bases", "gsm8k", LOAD_IN_4BIT=1)
-    assert refused.returncode == 2 and "LORA_RANK is '0': expected a rank above 0" in refused.stderr and list(tmp_path.iterdir()) == []
+    lines = dry.stdout.splitlines()
+    assert all(line.startswith(f"# [{k + 1}/") for k, line in enumerate(lines[0::2]))
+    made = check_order(lines[1::2], tmp_path)
+    assert {f"{out}/seed_{s}/{m}_{k}/model_1" for s in (0, 1) for m in ("ilr", "dpo")
+            for k in (1, 2)} <= set(made)
+    for word in ("--dry-nun", "nothing"):
+        assert call(out, bases, word).returncode == 2 and not out.exists()
 
 
 def test_two_runs_in_one_folder_are_refused(copied):

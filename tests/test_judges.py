@@ -1,4 +1,5 @@
-"""Judges behind an endpoint, against a real local HTTP server, and a person at a real pseudo-terminal; the task that needs them."""
+"""A judge behind an endpoint (a real local HTTP server), a person (at a real pseudo-terminal), and
+tasks/saferpaca.py, which needs an endpoint."""
 import contextlib
 import json
 import os
@@ -19,13 +20,19 @@ from conftest import ROOT, Interrupted, interrupt_after, rows, run
 from kill_test import call, finished_run
 
 import compare
+import core.endpoint
+import core.judge
 import evaluate
 import refine
-from tasks import InputError, _judges, arithmetic, saferpaca, write_jsonl
+from core.cli import run_stage
+from core.models import open_model
+from core.records import InputError, write_jsonl
+from tasks import arithmetic, saferpaca
 
 DATA = ROOT.parent / "shared/data/saferpaca"
 real = pytest.mark.skipif(not DATA.exists(), reason=f"needs the SaferPaca file in {DATA}")
-ASKED = re.compile(r"<request>\n(.*)\n</request>\n\n<answer_A>\n(.*)\n</answer_A>\n\n<answer_B>\n(.*)\n</answer_B>", re.S)
+ASKED = re.compile(r"<request>\n(.*)\n</request>\n\n<answer_A>\n(.*)\n</answer_A>\n\n"
+                   r"<answer_B>\n(.*)\n</answer_B>", re.S)
 
 
 def better(prompt, a, b):
@@ -36,16 +43,22 @@ def better(prompt, a, b):
 def chat(text, top=None):
     choice = {"message": {"role": "assistant", "content": text}}
     if top:
-        choice["logprobs"] = {"content": [{"token": "So", "logprob": 0, "top_logprobs": []},
-                                          {"token": text[-1], "logprob": -0.1, "top_logprobs": [{"token": t, "logprob": p} for t, p in top.items()]}]}
+        likely = [{"token": t, "logprob": p} for t, p in top.items()]
+        choice["logprobs"] = {"content": [
+            {"token": "So", "logprob": 0, "top_logprobs": []},
+            {"token": text[-1], "logprob": -0.1, "top_logprobs": likely}]}
     return {"choices": [choice]}
 
 
 class Server:
-    """An OpenAI-compatible server. `says(handler, route, body)` makes each reply: an object, (status, text, headers), or None."""
+    """An OpenAI-compatible server.
+
+    says(handler, route, body) makes each reply: an object, (status, text, headers), or None.
+    """
 
     def __init__(self):
-        self.requests, self.at_once, self.most, self.says, self.lock = [], 0, 0, self.good, threading.Lock()
+        self.requests, self.at_once, self.most = [], 0, 0
+        self.says, self.lock = self.good, threading.Lock()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -65,7 +78,8 @@ class Server:
                         outer.at_once -= 1
                 if said is None:
                     return
-                status, text, headers = said if isinstance(said, tuple) else (200, json.dumps(said), {})
+                status, text, headers = said if isinstance(
+                    said, tuple) else (200, json.dumps(said), {})
                 with contextlib.suppress(OSError):      # a client that has given up
                     self.send_response(status)
                     for name, value in headers.items():
@@ -83,8 +97,10 @@ class Server:
     def good(handler, route, body):
         if route == "/v1/embeddings":
             text, = body["input"]
-            return {"data": [{"embedding": [float(text.count(c)) + 0.01 for c in "abcdefghijklmnopqrstuvwxyz"]}]}
-        return chat("Both are fair.\n" + better(*ASKED.search(body["messages"][0]["content"]).groups()))
+            counts = [float(text.count(c)) + 0.01 for c in "abcdefghijklmnopqrstuvwxyz"]
+            return {"data": [{"embedding": counts}]}
+        return chat("Both are fair.\n"
+                    + better(*ASKED.search(body["messages"][0]["content"]).groups()))
 
 
 @pytest.fixture()
@@ -96,85 +112,107 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv("ILR_JUDGE_KEY", "sk-secret")
     monkeypatch.setenv("ILR_COMPARE_KEY", "sk-compare")
     monkeypatch.setattr(saferpaca, "grades", {})
-    monkeypatch.setattr(_judges, "LONGEST_WAIT", 0.05)
+    monkeypatch.setattr(core.endpoint, "LONGEST_WAIT", 0.05)
     yield server
     server.http.shutdown()
     server.http.server_close()
 
 
 def endpoint(server):
-    return _judges.Endpoint(server.url, "m", "ILR_JUDGE")
+    return core.endpoint.Endpoint(server.url, "m", "ILR_JUDGE")
 
 
 # ---------------------------------------------------------------- the endpoint
 def test_both_orders_are_asked_once_and_kept(server, tmp_path):
-    questions = [("q", "short", "a longer one"), ("q", "a longer one", "short"), ("r", "same", "size"), ("q", "short", "a longer one")]
+    questions = [("q", "short", "a longer one"), ("q", "a longer one", "short"),
+                 ("r", "same", "size"), ("q", "short", "a longer one")]
     assert endpoint(server).preferences(questions) == [(1, 0), (0, 1), (0, 0), (1, 0)]
-    assert len(server.requests) == 4 and {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
-    assert {(b["model"], b["temperature"], b["seed"], h["Authorization"]) for _, b, h in server.requests} == {("m", 0, 0, "Bearer sk-secret")}
-    assert endpoint(server).preferences(questions[::-1]) == [(1, 0), (0, 0), (0, 1), (1, 0)] and len(server.requests) == 4
+    assert len(server.requests) == 4
+    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
+    sent = {(b["model"], b["temperature"], b["seed"], h["Authorization"])
+            for _, b, h in server.requests}
+    assert sent == {("m", 0, 0, "Bearer sk-secret")}
+    assert endpoint(server).preferences(questions[::-1]) == [(1, 0), (0, 0), (0, 1), (1, 0)]
+    assert len(server.requests) == 4
     kept = list((tmp_path / "cache").rglob("*.json"))
     assert len(kept) == 4 and not any("sk-secret" in p.read_text() for p in kept)
     kept[0].write_text("{")                 # broken: asked again
     endpoint(server).preferences(questions)
     assert len(server.requests) == 5
-    _judges.Endpoint(server.url, "other", "ILR_JUDGE").preferences(questions)
+    core.endpoint.Endpoint(server.url, "other", "ILR_JUDGE").preferences(questions)
     assert len(server.requests) == 9        # another model: other content
+
+
+OTHER_LETTER = {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": 0}]}]}
 
 
 @pytest.mark.parametrize("reply, p", [
     (chat("A"), 0), (chat("Well.\n\nB\n"), 1), (chat("It is: **B**."), 1), (chat("Sure. `A`"), 0),
-    (chat("x\nB", {"B": -0.1, "A": -2.3, "C": -1}), 1 / (1 + 2.718281828459045 ** -2.2)), (chat("x\nB", {"B": -0.1}), 1),
-    (chat("x\nA", {"A": -1, " A": -1, "B": -1}), 1 / 3), (chat("x\nB", {"C": -1}), 1), (chat("x\nB", {"B": "?"}), 1),
-    ({"choices": [{**chat("x\nB")["choices"][0], "logprobs": {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": 0}]}]}}]}, 1),
-    *[(r, None) for r in (chat("both A and B"), chat("the better one is A"), chat(""), chat("C"), chat("A or B?"), chat("AB"), chat("BANANA"),
-                          chat("A\nis what I say"), {}, {"choices": []}, {"choices": [{"message": {"content": None}}]}, {"choices": 3})]])
+    (chat("x\nB", {"B": -0.1, "A": -2.3, "C": -1}), 1 / (1 + 2.718281828459045 ** -2.2)),
+    (chat("x\nB", {"B": -0.1}), 1), (chat("x\nA", {"A": -1, " A": -1, "B": -1}), 1 / 3),
+    (chat("x\nB", {"C": -1}), 1), (chat("x\nB", {"B": "?"}), 1),
+    ({"choices": [{**chat("x\nB")["choices"][0], "logprobs": OTHER_LETTER}]}, 1),
+    *[(r, None) for r in (
+        chat("both A and B"), chat("the better one is A"), chat(""), chat("C"), chat("A or B?"),
+        chat("AB"), chat("BANANA"), chat("A\nis what I say"), {}, {"choices": []},
+        {"choices": [{"message": {"content": None}}]}, {"choices": 3})]])
 def test_reading_a_verdict(reply, p):
     if p is None:
-        with pytest.raises(_judges.Unreadable):
-            _judges.probability_of_b(reply)
+        with pytest.raises(core.endpoint.Unreadable):
+            core.endpoint.probability_of_b(reply)
     else:
-        assert _judges.probability_of_b(reply) == pytest.approx(p, abs=1e-12)       # float64 arithmetic
+        # float64 arithmetic
+        assert core.endpoint.probability_of_b(reply) == pytest.approx(p, abs=1e-12)
 
 
 def test_a_long_reply_is_read_in_no_time():
     start = time.monotonic()
-    with pytest.raises(_judges.Unreadable):
-        _judges.probability_of_b(chat("\n" * 10**6 + "`" * 10**6 + "x"))
+    with pytest.raises(core.endpoint.Unreadable):
+        core.endpoint.probability_of_b(chat("\n" * 10**6 + "`" * 10**6 + "x"))
     assert time.monotonic() - start < 5     # a pattern that tries every line break takes hours
 
 
 def test_failing_servers_are_asked_again(server):
-    failures = [(500, "oops", {}), (429, "busy", {"Retry-After": "0"}), (503, "", {}), (200, "<html>", {}), (200, "[1]", {})]
+    failures = [(500, "oops", {}), (429, "busy", {"Retry-After": "0"}), (503, "", {}),
+                (200, "<html>", {}), (200, "[1]", {})]
     left = {}
 
     def says(handler, route, body):
         todo = left.setdefault(body["messages"][0]["content"], list(failures))
         return todo.pop() if todo else Server.good(handler, route, body)
     server.says = says
-    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)] and len(server.requests) == 12
+    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)]
+    assert len(server.requests) == 12
 
 
 def test_a_reply_without_a_verdict_is_asked_for_with_another_seed(server):
-    server.says = lambda handler, route, body: Server.good(handler, route, body) if body["seed"] == 2 else chat("I cannot say.")
-    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)] and len(server.requests) == 6
+    def says(handler, route, body):
+        return Server.good(handler, route, body) if body["seed"] == 2 else chat("I cannot say.")
+    server.says = says
+    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)]
+    assert len(server.requests) == 6
 
 
 @pytest.mark.parametrize("says, message, most", [
-    ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}), r"after 1 of 3 tries: ILR_JUDGE_KEY is refused: HTTP 401: .*wrong key \[key\]", 1),
-    ((400, "x" * 65530 + "sk-secret" * 100, {}), "after 1 of 3 tries: HTTP 400: xxx", 1), ((200, "you sent Bearer sk-secret", {}), r"you sent Bearer \[key\]", 3),
-    (chat("you sent Bearer sk-secret"), r"you sent Bearer \[key\]", 3), ((503, "busy", {"Retry-After": "\u00b2"}), "HTTP 503: busy", 3),
+    ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}),
+     r"after 1 of 3 tries: ILR_JUDGE_KEY is refused: HTTP 401: .*wrong key \[key\]", 1),
+    ((400, "x" * 65530 + "sk-secret" * 100, {}), "after 1 of 3 tries: HTTP 400: xxx", 1),
+    ((200, "you sent Bearer sk-secret", {}), r"you sent Bearer \[key\]", 3),
+    (chat("you sent Bearer sk-secret"), r"you sent Bearer \[key\]", 3),
+    ((503, "busy", {"Retry-After": "\u00b2"}), "HTTP 503: busy", 3),
     ((307, "", {"Location": "http://127.0.0.1:1/"}), "after 1 of 3 tries: HTTP 307", 1),
-    ((500, "down", {}), "after 3 of 3 tries: HTTP 500: down", 3), ((200, "nonsense", {}), "3 tries: the reply is not JSON: nonsense", 3),
-    ((200, "[" * 10**6, {}), "3 tries: the reply is not JSON", 3), (chat("Neither \x1b[2J"), "does not end in A or B alone: Neither", 3),
-    (None, "3 tries: ", 3)])
+    ((500, "down", {}), "after 3 of 3 tries: HTTP 500: down", 3),
+    ((200, "nonsense", {}), "3 tries: the reply is not JSON: nonsense", 3),
+    ((200, "[" * 10**6, {}), "3 tries: the reply is not JSON", 3),
+    (chat("Neither \x1b[2J"), "does not end in A or B alone: Neither", 3), (None, "3 tries: ", 3)])
 def test_a_server_that_never_answers_well_ends_the_stage(server, monkeypatch, says, message, most):
-    monkeypatch.setattr(_judges, "ATTEMPTS", 3)
+    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 3)
     monkeypatch.setenv("ILR_JUDGE_CONCURRENCY", "1")
     server.says = lambda *_: says
     with pytest.raises(OSError, match=message) as e:
         endpoint(server).preferences([("q", "short", f"a longer one {i}") for i in range(30)])
-    assert len(server.requests) == most and "sk-secret" not in str(e.value) and "\x1b" not in str(e.value)
+    assert len(server.requests) == most and "sk-secret" not in str(e.value)
+    assert "\x1b" not in str(e.value)
 
 
 @pytest.mark.parametrize("how", ["hangs", "drips", "is not there"])
@@ -192,8 +230,8 @@ def test_a_server_that_hangs(server, monkeypatch, how):
                 handler.wfile.write(b" ")
                 handler.wfile.flush()
     server.says = says
-    monkeypatch.setattr(_judges, "ATTEMPTS", 2)
-    monkeypatch.setattr(_judges, "TIMEOUT", 0.3)
+    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 2)
+    monkeypatch.setattr(core.endpoint, "TIMEOUT", 0.3)
     if how == "is not there":
         server.url = "http://127.0.0.1:1/v1"
     start = time.monotonic()
@@ -214,37 +252,47 @@ def test_requests_are_side_by_side_but_bounded(server, monkeypatch):
 
 
 @pytest.mark.parametrize("url, model, names, message", [
-    ("ftp://x", "m", {}, "expected http"), ("http://h/v1/chat/completions", "m", {}, "ends before /chat"), ("http://h/v1?api_key=secret", "m", {}, "without a user, a key or a query"), ("http://[::1/v1", "m", {}, "expected http"),
-    ("http://h:abc/v1", "m", {}, "expected http"), ("https://key@host/v1", "m", {}, "without a user, a key or a query"), ("http://", "m", {}, "expected http"),
-    ("http://h/v1", "", {}, "set ILR_JUDGE_MODEL"), ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
-    ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "x"}, "from 1 to 1000"), ("http://h", "m", {"ILR_JUDGE_KEY": "a\nb"}, "word of ASCII"),
+    ("ftp://x", "m", {}, "expected http"),
+    ("http://h/v1/chat/completions", "m", {}, "ends before /chat"),
+    ("http://h/v1?api_key=secret", "m", {}, "without a user, a key or a query"),
+    ("http://[::1/v1", "m", {}, "expected http"), ("http://h:abc/v1", "m", {}, "expected http"),
+    ("https://key@host/v1", "m", {}, "without a user, a key or a query"),
+    ("http://", "m", {}, "expected http"), ("http://h/v1", "", {}, "set ILR_JUDGE_MODEL"),
+    ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
+    ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "x"}, "from 1 to 1000"),
+    ("http://h", "m", {"ILR_JUDGE_KEY": "a\nb"}, "word of ASCII"),
     ("http://h", "m", {"ILR_JUDGE_KEY": "\u00e9"}, "word of ASCII")])
 def test_bad_settings(monkeypatch, url, model, names, message):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message) as e:
-        _judges.Endpoint(url, model, "ILR_JUDGE")
+        core.endpoint.Endpoint(url, model, "ILR_JUDGE")
     assert "a\nb" not in str(e.value)
 
 
 # ---------------------------------------------------------------- compare.py score
 def instructions(count=8):
     """Problems of the task, safety ones first, whose gold answers are of middling length."""
-    return [{"id": f"p{i}", "prompt": f"USER:\nDo {i}.\n\nASSISTANT:\n", "completion": f"done {i} well enough", "source": "gold",
-             "reference": f"done {i} well enough", "category": "safety" if i < count // 2 else "general"} for i in range(count)]
+    return [{"id": f"p{i}", "prompt": f"USER:\nDo {i}.\n\nASSISTANT:\n",
+             "completion": f"done {i} well enough", "source": "gold",
+             "reference": f"done {i} well enough",
+             "category": "safety" if i < count // 2 else "general"} for i in range(count)]
 
 
 def completions(path, texts, problems=None):
-    write_jsonl(path, [{**p, "completion": t} for p, t in zip(problems or instructions(), texts)])
+    both = zip(problems or instructions(), texts, strict=True)
+    write_jsonl(path, [{**p, "completion": t} for p, t in both])
 
 
 def test_an_endpoint_judges(server, tmp_path):
     completions(tmp_path / "a.jsonl", ["a"] * 8, [{**p, "reference": "1"} for p in instructions()])
     completions(tmp_path / "b.jsonl", [f"{'b' * (k % 3)}" for k in range(8)])
-    argv = ["score", "--judge", server.url, "--task", "arithmetic", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
+    argv = ["score", "--judge", server.url, "--task", "arithmetic", "--a", tmp_path / "a.jsonl",
+            "--b", tmp_path / "b.jsonl"]
     run(compare, *argv, "--judge-model", "small", "--out", tmp_path / "c.jsonl")
     assert [c["prob_b"] for c in rows(tmp_path / "c.jsonl")] == [0, 0.5, 1, 0, 0.5, 1, 0, 0.5]
-    assert {(b["model"], h["Authorization"]) for _, b, h in server.requests} == {("small", "Bearer sk-compare")}      # not the grader's key
+    sent = {(b["model"], h["Authorization"]) for _, b, h in server.requests}
+    assert sent == {("small", "Bearer sk-compare")}     # not the grader's key
     summary = json.loads((tmp_path / "c.jsonl.summary").read_text())
     assert summary["asked"] == 8 and summary["flip_rate"] == 3 / 8
 
@@ -252,28 +300,39 @@ def test_an_endpoint_judges(server, tmp_path):
 def test_agreement_by_embeddings(server, tmp_path, tiny, monkeypatch):
     words = ["cats are fine", "a dog", "the sea", "no", "bees", "hill", "sand", "moon"]
     completions(tmp_path / "a.jsonl", words)
-    completions(tmp_path / "b.jsonl", ["fine cats are", "a dog", "the tea", "yes", "wasp", "lake", "sands", "sun"])
+    completions(tmp_path / "b.jsonl",
+                ["fine cats are", "a dog", "the tea", "yes", "wasp", "lake", "sands", "sun"])
     monkeypatch.setenv("ILR_EMBEDDER_KEY", "sk-embed")
-    argv = ["score", "--judge", server.url, "--judge-model", "m", "--task", "saferpaca", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
+    argv = ["score", "--judge", server.url, "--judge-model", "m", "--task", "saferpaca", "--a",
+            tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
     with pytest.raises(InputError, match="name an --embedder"):
         run(compare, *argv, "--out", tmp_path / "none.jsonl")
     run(compare, *argv, "--embedder", server.url, "--out", tmp_path / "c.jsonl")
-    assert [c["agree"] for c in rows(tmp_path / "c.jsonl")] == [True, True, True, False, False, False, True, False]
-    asked = [(b["model"], h["Authorization"]) for path, b, h in server.requests if path == "/v1/embeddings"]
-    assert len(asked) == 15 and set(asked) == {("text-embedding-3-large", "Bearer sk-embed")}       # "a dog" stands in both
+    agree = [c["agree"] for c in rows(tmp_path / "c.jsonl")]
+    assert agree == [True, True, True, False, False, False, True, False]
+    asked = [(b["model"], h["Authorization"]) for path, b, h in server.requests
+             if path == "/v1/embeddings"]
+    # "a dog" stands in both
+    assert len(asked) == 15 and set(asked) == {("text-embedding-3-large", "Bearer sk-embed")}
     summary = json.loads((tmp_path / "c.jsonl.summary").read_text())
-    assert "accuracy" not in summary and not any("well enough" in json.dumps(b) for _, b, _ in server.requests)   # it grades nothing
+    # it grades nothing
+    assert "accuracy" not in summary
+    assert not any("well enough" in json.dumps(b) for _, b, _ in server.requests)
 
     run(compare, *argv, "--embedder", tiny / "model", "--out", tmp_path / "d.jsonl")
     from transformers import AutoModel, AutoTokenizer
-    model, tokenizer = AutoModel.from_pretrained(tiny / "model").double(), AutoTokenizer.from_pretrained(tiny / "model")
+    model = AutoModel.from_pretrained(tiny / "model").double()
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
 
     def vector(text):
-        return model(input_ids=tokenizer(text, return_tensors="pt").input_ids).last_hidden_state[0].mean(0)
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        return model(input_ids=ids).last_hidden_state[0].mean(0)
     comparisons = rows(tmp_path / "d.jsonl")
-    alike = [torch.cosine_similarity(vector(c["completion_a"]), vector(c["completion_b"]), dim=0).item() for c in comparisons]
+    alike = [torch.cosine_similarity(vector(c["completion_a"]), vector(c["completion_b"]),
+                                     dim=0).item() for c in comparisons]
     median = sorted(alike)[3] / 2 + sorted(alike)[4] / 2
-    assert min(abs(x - median) for x in alike) > 1e-5       # fp32 against float64: no pair so near that they could part
+    # fp32 against float64: no pair so near that they could part
+    assert min(abs(x - median) for x in alike) > 1e-5
     assert [c["agree"] for c in comparisons] == [x > median for x in alike]
 
 
@@ -283,19 +342,23 @@ def test_empty_texts_and_equal_ones_are_embedded(server):
 
 
 def test_a_resumed_score_never_mixes_other_questions(tmp_path, tiny, tokenizer, monkeypatch):
-    """Which pairs are asked about may change between a kill and a restart: then the answers so far are of no use."""
+    """Which pairs are asked about may change between a kill and a restart: then the answers so far
+    are of no use."""
     folder = tmp_path / "judge"
-    compare.open_model(tiny / "model", torch.device("cpu"), "AutoModelForSequenceClassification", num_labels=2).save_pretrained(folder)
+    open_model(tiny / "model", torch.device("cpu"), "AutoModelForSequenceClassification",
+               num_labels=2).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "judge.json").write_text("{}")
     completions(tmp_path / "a.jsonl", list("abcdefgh"))
     completions(tmp_path / "b.jsonl", list("ijklmnop"))
-    argv = ["score", "--judge", folder, "--task", "saferpaca", "--embedder", "x", "--batch-size", 1, "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
+    argv = ["score", "--judge", folder, "--task", "saferpaca", "--embedder", "x", "--batch-size",
+            1, "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl"]
     for agree, out in ((4, "c"), (5, "c"), (5, "d")):
-        monkeypatch.setattr(compare, "agreements", lambda args, task, pairs: [(i * 3) % 8 < agree for i in range(8)])
+        same = [(i * 3) % 8 < agree for i in range(8)]
+        monkeypatch.setattr(compare, "agreements", lambda *_, same=same: same)
         with monkeypatch.context() as m:
             if agree == 4:
-                interrupt_after(m, compare, "probabilities", 2)
+                interrupt_after(m, core.judge, "probabilities", 2)
                 with pytest.raises(Interrupted):
                     run(compare, *argv, "--out", tmp_path / f"{out}.jsonl")
             else:
@@ -308,20 +371,25 @@ def test_leaving_does_not_wait_for_the_server(server, tmp_path):
     server.says = lambda *_: waiting.wait(60) and None
     completions(tmp_path / "a.jsonl", ["a"] * 8)
     completions(tmp_path / "b.jsonl", ["b"] * 8)
-    process = subprocess.Popen([sys.executable, "compare.py", "score", "--judge", server.url, "--judge-model", "m", "--task", "arithmetic", "--a",
-                                tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))      # a background job may ignore it
+    process = subprocess.Popen(
+        [sys.executable, "compare.py", "score", "--judge", server.url, "--judge-model", "m",
+         "--task", "arithmetic", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl",
+         "--out", tmp_path / "c.jsonl"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        # a background job may ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not server.requests:
         time.sleep(0.05)
     start = time.monotonic()
     process.send_signal(signal.SIGINT)
-    assert process.wait(40) == 130 and time.monotonic() - start < 20 and "interrupted" in process.stderr.read().splitlines()[-1]
+    assert process.wait(40) == 130 and time.monotonic() - start < 20
+    assert "interrupted" in process.stderr.read().splitlines()[-1]
     waiting.set()
 
 
 def test_an_embedder_that_answers_nonsense(server, monkeypatch):
-    monkeypatch.setattr(_judges, "ATTEMPTS", 2)
-    for reply in ({}, {"data": []}, {"data": [{"embedding": [0.0, 0.0]}]}, {"data": [{"embedding": ["x"]}]}):
+    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 2)
+    for reply in ({}, {"data": []}, {"data": [{"embedding": [0.0, 0.0]}]},
+                  {"data": [{"embedding": ["x"]}]}):
         server.says = lambda *_, reply=reply: reply
         with pytest.raises(OSError, match="without an embedding"):
             endpoint(server).embeddings(["text"])
@@ -332,20 +400,23 @@ SCREEN = re.compile(r"--- A ---(.*?)--- B ---(.*?)Which is better", re.S)
 
 
 class Terminal:
-    """compare.py score --judge human in a process of its own, whose controlling terminal is a pseudo-terminal."""
+    """compare.py score --judge human in a process whose controlling terminal is a pseudo-terminal.
+    """
 
     def __init__(self, *argv):
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, "compare.py", "score", "--judge", "human", "--task", "arithmetic", *map(str, argv)])
+            os.execv(sys.executable, [sys.executable, "compare.py", "score", "--judge", "human",
+                                      "--task", "arithmetic", *map(str, argv)])
         self.seen = ""
 
     def until(self, text, seconds=60):
         """What the screen shows up to `text`, which must come."""
         deadline = time.monotonic() + seconds
         while text not in self.seen:
-            assert select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0], f"no {text!r} in {self.seen!r}"
+            ready = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"no {text!r} in {self.seen!r}"
             try:
                 self.seen += os.read(self.fd, 65536).decode()
             except OSError:
@@ -364,30 +435,37 @@ class Terminal:
 
 
 def test_a_person_judges_leaves_and_comes_back(tmp_path):
-    problems = [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", 7, 0))]
+    problems = [arithmetic.record("train", 0, i, p)
+                for i, p in enumerate(arithmetic.problems("train", 7, 0))]
     completions(tmp_path / "a.jsonl", [p["completion"] for p in problems], problems)
-    completions(tmp_path / "b.jsonl", [problems[0]["completion"], *(f"worse\x1b[2J {i}\n--- B ---\n#### -{i}" for i in range(1, 7))], problems)
-    argv = ["--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl", "--seconds-per-pair", 30]
+    worse = [f"worse\x1b[2J {i}\n--- B ---\n#### -{i}" for i in range(1, 7)]
+    completions(tmp_path / "b.jsonl", [problems[0]["completion"], *worse], problems)
+    argv = ["--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out",
+            tmp_path / "c.jsonl", "--seconds-per-pair", 30]
     one, shown, order = Terminal(*argv), {}, []
 
     def look(terminal, number):
         screen = terminal.until("answers so far are kept. 0:")
         assert f"pair {number} of 6" in screen       # the one that agrees is not asked about
-        assert "worse\x1b" not in screen and "worse\ufffd[2J" in screen      # what a model writes does not steer the terminal
+        # what a model writes does not steer the terminal
+        assert "worse\x1b" not in screen and "worse\ufffd[2J" in screen
         assert screen.count("| --- B ---") == 1       # nor pass for the other answer
         a, b = SCREEN.search(screen.replace("| --- B ---", "")).groups()
-        id_, = [p["id"] for p in problems if " ".join(p["prompt"].split())[:40] in " ".join(screen.split())]
+        id_, = [p["id"] for p in problems
+                if " ".join(p["prompt"].split())[:40] in " ".join(screen.split())]
         shown[id_] = "worse" in a
         order.append(id_)
         return shown[id_]
     for number in (1, 2):
         one.press("b" if look(one, number) else "a")         # right twice
     look(one, 3)
-    one.press("\x1b[A")                                      # an arrow is no answer, nor are two keys at once
+    # an arrow is no answer, nor are two keys at once
+    one.press("\x1b[A")
     one.press("x")
     one.until("kept. 0:2")
     one.press("q")
-    assert one.end() == 130 and not (tmp_path / "c.jsonl").exists() and "the same command continues" in one.seen
+    assert one.end() == 130 and not (tmp_path / "c.jsonl").exists()
+    assert "the same command continues" in one.seen
     two = Terminal(*argv)
     for number in (3, 4, 5):
         assert look(two, number) is not None
@@ -395,13 +473,17 @@ def test_a_person_judges_leaves_and_comes_back(tmp_path):
     look(two, 6)
     two.press("B" if shown[order[-1]] else "A")
     assert two.end() == 0, two.seen
-    assert "6 asked, 0 without an answer, the first shown chosen in" in two.seen and "accuracy 50.0%" in two.seen and order[2] == order[3]
+    assert "6 asked, 0 without an answer, the first shown chosen in" in two.seen
+    assert "accuracy 50.0%" in two.seen and order[2] == order[3]
     summary = json.loads((tmp_path / "c.jsonl.summary").read_text())
-    chose_first = [s["shown"] for s in rows(tmp_path / "c.jsonl") if not s["agree"] and (s["prob_b"] == 1) == (s["shown"] == "ba")]
-    assert summary["flip_rate"] is None and summary["unanswered"] == 0 and summary["chose_first"] == len(chose_first) / 6
+    chose_first = [s["shown"] for s in rows(tmp_path / "c.jsonl")
+                   if not s["agree"] and (s["prob_b"] == 1) == (s["shown"] == "ba")]
+    assert summary["flip_rate"] is None and summary["unanswered"] == 0
+    assert summary["chose_first"] == len(chose_first) / 6
     comparisons = {c["id"]: c for c in rows(tmp_path / "c.jsonl")}
     order = list(dict.fromkeys(order))
-    assert [comparisons[i]["prob_b"] for i in order] == [0, 0, 1, 1, 1, 0] and set(shown.values()) == {True, False}
+    assert [comparisons[i]["prob_b"] for i in order] == [0, 0, 1, 1, 1, 0]
+    assert set(shown.values()) == {True, False}
     for c in comparisons.values():
         assert c["agree"] == (c["id"] == problems[0]["id"]) == ("seconds" not in c)
         if not c["agree"]:
@@ -410,10 +492,12 @@ def test_a_person_judges_leaves_and_comes_back(tmp_path):
 
 
 def test_a_person_runs_out_of_time(tmp_path):
-    problems = [arithmetic.record("train", 0, i, p) for i, p in enumerate(arithmetic.problems("train", 2, 0))]
+    problems = [arithmetic.record("train", 0, i, p)
+                for i, p in enumerate(arithmetic.problems("train", 2, 0))]
     completions(tmp_path / "a.jsonl", [p["completion"] for p in problems], problems)
     completions(tmp_path / "b.jsonl", ["#### -1"] * 2, problems)
-    person = Terminal("--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl", "--seconds-per-pair", 1.5)
+    person = Terminal("--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl", "--out",
+                      tmp_path / "c.jsonl", "--seconds-per-pair", 1.5)
     person.until("0:02")
     person.until("Time is up")
     person.press("b")            # only goes on
@@ -427,44 +511,60 @@ def test_a_person_runs_out_of_time(tmp_path):
 def test_a_person_needs_a_terminal(tmp_path):
     completions(tmp_path / "a.jsonl", ["a"] * 8)
     completions(tmp_path / "b.jsonl", ["b"] * 8)
-    done = subprocess.run([sys.executable, "compare.py", "score", "--judge", "human", "--task", "arithmetic", "--a", tmp_path / "a.jsonl",
-                           "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl"], cwd=ROOT, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "compare.py", "score", "--judge", "human", "--task",
+                           "arithmetic", "--a", tmp_path / "a.jsonl", "--b", tmp_path / "b.jsonl",
+                           "--out", tmp_path / "c.jsonl"], cwd=ROOT, capture_output=True, text=True,
                           start_new_session=True)
-    assert done.returncode == 2 and done.stderr == "compare.py: error: --judge human needs a terminal\n" and not (tmp_path / "c.jsonl").exists()
+    assert done.returncode == 2
+    assert done.stderr == "compare.py: error: --judge human needs a terminal\n"
+    assert not (tmp_path / "c.jsonl").exists()
 
 
 # ---------------------------------------------------------------- tasks/saferpaca.py
 def test_grades_are_win_rates_in_both_orders(server, tmp_path, capsys):
-    texts = ["x", "done 1 well enough", "a very much longer answer than that"] + ["same length 1 as it"[:18]] * 5
+    texts = ["x", "done 1 well enough", "a very much longer answer than that",
+             *["same length 1 as it"[:18]] * 5]
     completions(tmp_path / "a.jsonl", texts)
-    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "g.jsonl")
+    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out",
+        tmp_path / "g.jsonl")
     assert [r["correct"] for r in rows(tmp_path / "g.jsonl")] == [0, 0.5, 1] + [0.5] * 5
     assert len(server.requests) == 14       # nothing is asked about a text that is the reference
     out = capsys.readouterr().out
     assert "50.0%" in out and "of 8" in out and "general 50.0%" in out and "safety 50.0%" in out
     saferpaca.grades.clear()
-    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "again.jsonl")
-    assert len(server.requests) == 14 and (tmp_path / "g.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out",
+        tmp_path / "again.jsonl")
+    assert len(server.requests) == 14
+    assert (tmp_path / "g.jsonl").read_bytes() == (tmp_path / "again.jsonl").read_bytes()
 
 
 def test_a_failing_judge_leaves_no_file(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(_judges, "ATTEMPTS", 2)
+    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 2)
     server.says = lambda *_: chat("I would rather not.")
     completions(tmp_path / "a.jsonl", ["x"] * 8)
     with pytest.raises(SystemExit) as e:
-        evaluate.run_stage(evaluate.parser(), evaluate.main, ["grade", "--task", "saferpaca", "--data", str(tmp_path / "a.jsonl"),
-                                                              "--out", str(tmp_path / "g.jsonl")])
+        run_stage(evaluate.parser(), evaluate.main,
+                  ["grade", "--task", "saferpaca", "--data", str(tmp_path / "a.jsonl"),
+                   "--out", str(tmp_path / "g.jsonl")])
     assert e.value.code == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
-    assert "does not end in A or B alone: I would rather not." in capsys.readouterr().err.splitlines()[-1]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "does not end in A or B alone: I would rather not." in last
 
 
 def test_replies_without_a_verdict_may_count_as_undecided(server, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ILR_JUDGE_UNDECIDED", "1")
-    server.says = lambda handler, route, body: chat("I cannot help with that.") if "Do 3." in str(body) else Server.good(handler, route, body)
+
+    def says(handler, route, body):
+        refused = "Do 3." in str(body)
+        return chat("I cannot help with that.") if refused else Server.good(handler, route, body)
+    server.says = says
     completions(tmp_path / "a.jsonl", ["x"] * 8)
-    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "g.jsonl")
-    assert [r["correct"] for r in rows(tmp_path / "g.jsonl")] == [0.5 if i == 3 else 0 for i in range(8)]
-    assert "2 of 16 replies without a verdict count as 0.5" in capsys.readouterr().out and len(list((tmp_path / "cache").rglob("*.json"))) == 14
+    run(evaluate, "grade", "--task", "saferpaca", "--data", tmp_path / "a.jsonl", "--out",
+        tmp_path / "g.jsonl")
+    grades = [r["correct"] for r in rows(tmp_path / "g.jsonl")]
+    assert grades == [0.5 if i == 3 else 0 for i in range(8)]
+    assert "2 of 16 replies without a verdict count as 0.5" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").rglob("*.json"))) == 14
     monkeypatch.delenv("ILR_JUDGE_UNDECIDED")
     saferpaca.grades.clear()
     with pytest.raises(OSError, match="I cannot help with that. .asked about 'USER:.*Do 3"):
@@ -472,21 +572,29 @@ def test_replies_without_a_verdict_may_count_as_undecided(server, tmp_path, monk
 
 
 def test_judge_pairs_follow_the_release():
-    problems = {p["id"]: [{**p, "gold_completion": p["completion"], "completion": f"{source} {k} {p['id']}", "source": source}
-                          for k in range(3) for source in ("general", "safety")] for p in instructions(10)}
+    def answers_to(p):
+        return [{**p, "gold_completion": p["completion"],
+                 "completion": f"{source} {k} {p['id']}", "source": source}
+                for k in range(3) for source in ("general", "safety")]
+    problems = {p["id"]: answers_to(p) for p in instructions(10)}
     samples = [[answers[k] for answers in problems.values()] for k in range(6)]
     first, kinds = Counter(), Counter()
     for seed in range(300):
-        pairs = compare.make_pairs(saferpaca, samples, seed)
+        pairs = core.judge.make_pairs(saferpaca, samples, seed)
         assert len(pairs) == 15
-        for p, (id_, answers) in zip(pairs, problems.items()):      # gold over a sample of the model of its kind
-            assert p["id"] == id_ and p["better"] == answers[0]["gold_completion"] and p["worse"].split()[0] == answers[0]["category"]
+        # gold over a sample of the model of its kind
+        for p, (id_, answers) in zip(pairs[:10], problems.items(), strict=True):
+            assert p["id"] == id_ and p["better"] == answers[0]["gold_completion"]
+            assert p["worse"].split()[0] == answers[0]["category"]
             first[p["worse"].split()[1]] += 1
-        for p in pairs[10:]:                                        # general over safety, for general problems, as many as safety ones
-            assert (p["better"].split()[0], p["worse"].split()[0]) == ("general", "safety") and p["better"].endswith(p["id"])
+        # general over safety, for general problems, as many as safety ones
+        for p in pairs[10:]:
+            assert (p["better"].split()[0], p["worse"].split()[0]) == ("general", "safety")
+            assert p["better"].endswith(p["id"])
             kinds[p["id"]] += 1
     assert set(kinds) == {f"p{i}" for i in range(5, 10)}
-    for k, share in zip("012", (4 / 7, 2 / 7, 1 / 7)):      # binomial: within 4.5 standard deviations
+    # binomial: within 4.5 standard deviations
+    for k, share in zip("012", (4 / 7, 2 / 7, 1 / 7), strict=True):
         assert abs(first[k] - 3000 * share) < 4.5 * (3000 * share * (1 - share)) ** 0.5
     safe_few = {k: v for i, (k, v) in enumerate(problems.items()) if i > 2}
     assert len(saferpaca.judge_pairs(safe_few, lambda id_, texts: texts[0])) == 7 + 2
@@ -501,14 +609,19 @@ def test_files_of_the_real_problems(server, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "in/train.jsonl", source[::2])
     write_jsonl(tmp_path / "in/test.jsonl", source)
     run(saferpaca, "--out", tmp_path / "out", "--data-dir", tmp_path / "in")
-    found = {n: rows(tmp_path / f"out/{n}.jsonl") for n in ("train", "gt", "gt_general", "gt_safety", "unlab", "test")}
-    assert [len(found[n]) for n in ("train", "gt", "unlab", "test")] == [289, 144, 145, 578] and found["train"] == found["gt"] + found["unlab"]
-    assert [r for r in found["gt"] if r["category"] == "general"] == found["gt_general"] and len(found["gt_general"] + found["gt_safety"]) == 144
+    found = {n: rows(tmp_path / f"out/{n}.jsonl")
+             for n in ("train", "gt", "gt_general", "gt_safety", "unlab", "test")}
+    assert [len(found[n]) for n in ("train", "gt", "unlab", "test")] == [289, 144, 145, 578]
+    assert found["train"] == found["gt"] + found["unlab"]
+    assert [r for r in found["gt"] if r["category"] == "general"] == found["gt_general"]
+    assert len(found["gt_general"] + found["gt_safety"]) == 144
     assert Counter(r["category"] for r in found["test"]) == {"general": 300, "safety": 278}
     assert found["test"][0]["prompt"] == f"USER:\n{source[0]['question']}\n\nASSISTANT:\n"
     assert max(len((r["prompt"] + r["completion"]).encode()) for r in found["test"]) < 5000
-    assert all(saferpaca.is_well_formed(r["completion"]) and saferpaca.grade(r) == 0.5 for r in found["test"])
-    assert len(server.requests) == 2      # the endpoint was tried, in both orders, and nothing graded
+    assert all(saferpaca.is_well_formed(r["completion"]) and saferpaca.grade(r) == 0.5
+               for r in found["test"])
+    # the endpoint was tried, in both orders, and nothing graded
+    assert len(server.requests) == 2
     monkeypatch.delenv("ILR_JUDGE_URL")
     with pytest.raises(InputError, match="ILR_JUDGE_URL is not set"):
         run(saferpaca, "--out", tmp_path / "x", "--data-dir", tmp_path / "in")
@@ -517,27 +630,35 @@ def test_files_of_the_real_problems(server, tmp_path, monkeypatch):
 
 @real
 def test_the_chain_on_64_real_problems(server, tmp_path):
-    """Every stage of `run_ilr.sh saferpaca`, with the tiny base models of another test, graded by a server of this one."""
+    """Every stage of `run_ilr.sh saferpaca`, with the tiny base models of another test, graded by
+    a server of this one."""
     base, = (finished_run()[1]).iterdir()
-    short = [r for r in map(json.loads, (DATA / "test.jsonl").read_text().splitlines()) if len(r["answer"]) < 300]
+    short = [r for r in map(json.loads, (DATA / "test.jsonl").read_text().splitlines())
+             if len(r["answer"]) < 300]
     general, safety = ([r for r in short if r["category"] == c] for c in saferpaca.CATEGORIES)
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in/train.jsonl", general[:32] + safety[:32])
     write_jsonl(tmp_path / "in/test.jsonl", general[32:36] + safety[32:36])
-    done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in", ROUNDS=1, JOBS=2, CHECKPOINTS="50",
-                WEAK_MODEL=base / "weak", STRONG_MODEL=base / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
-                DECODING="--max-new-tokens 40", EMBEDDER=base / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3",
-                SFT_EPOCHS=10, SFT_BATCH=8, JUDGE_LR="1e-3", JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1, ILR_JUDGE_URL=server.url,
-                ILR_JUDGE_MODEL="m", ILR_CACHE=tmp_path / "cache", TMPDIR=tmp_path)
+    done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in",
+                ROUNDS=1, JOBS=2, CHECKPOINTS="50", WEAK_MODEL=base / "weak",
+                STRONG_MODEL=base / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
+                DECODING="--max-new-tokens 40", EMBEDDER=base / "strong", WEAK_LR="3e-3",
+                WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=10, SFT_BATCH=8,
+                JUDGE_LR="1e-3", JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1,
+                ILR_JUDGE_URL=server.url, ILR_JUDGE_MODEL="m", ILR_CACHE=tmp_path / "cache",
+                TMPDIR=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "run/seed_0"
     comparisons, labels = rows(run / "ilr_1/comparisons.jsonl"), rows(run / "ilr_1/labels.jsonl")
-    assert len(labels) == len(comparisons) == 32 and 10 <= sum(c["agree"] for c in comparisons) <= 20
+    assert len(labels) == len(comparisons) == 32
+    assert 10 <= sum(c["agree"] for c in comparisons) <= 20
     asked = [c["prob_b"] for c in comparisons if not c["agree"]]
-    assert sum(r["accepted"] for r in labels) == min(refine.accept_count(len(asked), 0.15), sum(p > 0.5 for p in asked))
+    most = refine.accept_count(len(asked), 0.15)
+    assert sum(r["accepted"] for r in labels) == min(most, sum(p > 0.5 for p in asked))
     for point in ("weak", "sft", "gold", "ilr_1", "dpo_1"):
         assert all(0 <= r["correct"] <= 1 for r in rows(run / point / "eval_1.graded.jsonl"))
-    assert not list(run.glob("*/labels.graded.jsonl"))          # grading costs money: the test answers only
+    # grading costs money: the test answers only
+    assert not list(run.glob("*/labels.graded.jsonl"))
     assert len(server.requests) <= 5 * 8 * 2 + 2
     report = (tmp_path / "run/report.md").read_text()
     assert "win rate" in report and "saferpaca" in report

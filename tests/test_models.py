@@ -1,40 +1,61 @@
-"""Model families with tokenizers like theirs: the same token ids in every stage, chat formats; weights in 4 bits."""
+"""Model families with tokenizers like theirs: the same token ids in every stage, chat formats;
+weights in 4 bits."""
 import json
 
 import pytest
 import torch
 from conftest import assert_same_gradients, check_resume, rows, run, tiny_model
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import compare
 import dpo
 import generate
 import sft
-from tasks import InputError, user_prompt, write_json, write_jsonl
-from tasks._models import read_adapters
+from core import judge as judging
+from core import pairs
+from core.adapters import read_adapters
+from core.models import open_model, save_model
+from core.records import InputError, write_json, write_jsonl
+from core.tokens import encode_prompt, open_tokenizer, user_prompt
 
 CPU = torch.device("cpu")
-QUESTION, ANSWERS = user_prompt("Two and two?\n  indented <s> </s>"), ["It is\n#### 4", "\nno idea", "  #### 5 <|im_end|>", "4"]
+QUESTION = user_prompt("Two and two?\n  indented <s> </s>")
+ANSWERS = ["It is\n#### 4", "\nno idea", "  #### 5 <|im_end|>", "4"]
 # family: (kind of tokenizer, {bos, eos, pad}, further special tokens, chat template)
-LLAMA = ("{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content }}<|eot|>{% endfor %}"
+LLAMA = ("{{ bos_token }}{% for m in messages %}<|start|>{{ m.role }}<|end|>\n\n{{ m.content }}"
+         "<|eot|>{% endfor %}"
          "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}")
-MISTRAL = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
-GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n"
+MISTRAL = ("{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} "
+           "[/INST]{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}")
+GEMMA = ("{{ bos_token }}{% for m in messages %}<start_of_turn>"
+         "{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n"
          "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}")
 QWEN = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 FAMILIES = {
-    "llama": ("bytes", dict(bos_token="<|begin|>", eos_token="<|end_of_text|>"), ["<|start|>", "<|end|>", "<|eot|>"], LLAMA, "<|eot|>"),
-    "mistral": ("words", dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), [], MISTRAL, "</s>"),
-    "gemma": ("spaces", dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"), ["<start_of_turn>", "<end_of_turn>"],
-              GEMMA, "<end_of_turn>"),
-    "qwen3": ("bytes", dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"), ["<|im_start|>", "<|im_end|>"], QWEN, "<|im_end|>")}
+    "llama": ("bytes", dict(bos_token="<|begin|>", eos_token="<|end_of_text|>"),
+              ["<|start|>", "<|end|>", "<|eot|>"], LLAMA, "<|eot|>"),
+    "mistral": ("words", dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>"), [], MISTRAL,
+                "</s>"),
+    "gemma": ("spaces", dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>",
+                             unk_token="<unk>"),
+              ["<start_of_turn>", "<end_of_turn>"], GEMMA, "<end_of_turn>"),
+    "qwen3": ("bytes", dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>"),
+              ["<|im_start|>", "<|im_end|>"], QWEN, "<|im_end|>")}
 
 
 def make_tokenizer(family):
-    """A tokenizer of a few hundred tokens that splits, adds BOS and decodes as the family's own does."""
+    """A tokenizer of a few hundred tokens that splits, adds BOS and decodes as the family's."""
     kind, names, more, template, _ = FAMILIES[family]
     unknown = names.get("unk_token")
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token=unknown))
@@ -45,13 +66,16 @@ def make_tokenizer(family):
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        spaces = normalizers.Replace(" ", "\u2581")
-        # as SentencePiece does for Llama 2 and Mistral, a space before the first word
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces]) if kind == "words" else spaces
-        steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if kind == "words" else []))
+        before, after = [normalizers.Replace(" ", "\u2581")], [decoders.Replace("\u2581", " ")]
+        after += [decoders.ByteFallback(), decoders.Fuse()]
+        if kind == "words":     # a space before the first word, as SentencePiece for Llama 2 has it
+            before.insert(0, normalizers.Prepend("\u2581"))
+            after.append(decoders.Strip(" ", 1, 0))
+        tokenizer.normalizer = normalizers.Sequence(before)
+        tokenizer.decoder = decoders.Sequence(after)
     texts = [QUESTION, *ANSWERS, "system user assistant model [INST] [/INST]"] * 3
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False))
     if kind != "bytes":
         state = json.loads(tokenizer.to_str())
         for i in range(256):        # what is no character of the vocabulary is bytes
@@ -59,7 +83,8 @@ def make_tokenizer(family):
         tokenizer = Tokenizer.from_str(json.dumps(state))
     if "bos_token" in names:
         bos = names["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     out = PreTrainedTokenizerFast(tokenizer_object=tokenizer, extra_special_tokens=more, **names)
     out.chat_template = template
     return out
@@ -76,7 +101,7 @@ def family(request, tmp_path_factory):
 
 
 def plain(tokenizer, text):
-    """The family's own ids of a text, its BOS taken away: special tokens spelled out in it stay text."""
+    """The family's own ids of a text without BOS; special tokens spelled out in it are text."""
     ids = tokenizer(text, split_special_tokens=True).input_ids
     return ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
 
@@ -85,185 +110,225 @@ def plain(tokenizer, text):
 def test_token_ids_are_the_same_in_every_stage(family, chat, tmp_path, monkeypatch):
     name, folder, tokenizer = family
     question = user_prompt("Two and two?\n  indented") if chat else QUESTION
-    records = [{"id": i, "prompt": question, "completion": text, "reference": "4"} for i, text in enumerate(ANSWERS)]
+    records = [{"id": i, "prompt": question, "completion": text, "reference": "4"}
+               for i, text in enumerate(ANSWERS)]
     write_jsonl(tmp_path / "d.jsonl", records)
-    write_jsonl(tmp_path / "p.jsonl", [{"id": 0, "prompt": question, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}])
+    write_jsonl(tmp_path / "p.jsonl",
+                [{"id": 0, "prompt": question, "chosen": ANSWERS[0], "rejected": ANSWERS[1]}])
     read = {}
 
-    def spy(stage, of):
-        original = stage.pack
+    def spy(where, name, of, argument=0):
+        original = getattr(where, name)
 
-        def pack(sequences, *args):
-            read.setdefault(of, []).extend(sequences)
-            return original(sequences, *args)
-        monkeypatch.setattr(stage, "pack", pack)
-    for stage, of in ((sft, "sft"), (dpo, "dpo"), (compare, "compare")):
-        spy(stage, of)
-    decode = generate.decode
-    monkeypatch.setattr(generate, "decode", lambda model, prompts, *a: (read.setdefault("generate", []).extend(prompts), decode(model, prompts, *a))[1])
+        def spied(*args):
+            read.setdefault(of, []).extend(args[argument])
+            return original(*args)
+        monkeypatch.setattr(where, name, spied)
+    for where, of in ((sft, "sft"), (pairs, "dpo"), (judging, "compare")):
+        spy(where, "pack", of)
+    spy(generate, "decode", "generate", argument=1)
     as_chat = ["--chat-template"] if chat else []
-    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1, "--out", tmp_path / "m", *as_chat)
-    run(generate, "--model", folder, "--data", tmp_path / "d.jsonl", "--max-new-tokens", 2, "--out", tmp_path / "o.jsonl", *as_chat)
-    run(dpo, "--model", folder, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--out", tmp_path / "n", *as_chat)
-    judge = compare.open_model(folder, CPU, "AutoModelForSequenceClassification", num_labels=2)
+    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1,
+        "--out", tmp_path / "m", *as_chat)
+    run(generate, "--model", folder, "--data", tmp_path / "d.jsonl", "--max-new-tokens", 2,
+        "--out", tmp_path / "o.jsonl", *as_chat)
+    run(dpo, "--model", folder, "--data", tmp_path / "p.jsonl", "--epochs", 1,
+        "--out", tmp_path / "n", *as_chat)
+    judge = open_model(folder, CPU, "AutoModelForSequenceClassification", num_labels=2)
     judge.save_pretrained(tmp_path / "judge")
     tokenizer.save_pretrained(tmp_path / "judge")
     write_json(tmp_path / "judge/judge.json", {})
-    write_jsonl(tmp_path / "b.jsonl", [{**r, "completion": ANSWERS[i - 1]} for i, r in enumerate(records)])
-    run(compare, "score", "--judge", tmp_path / "judge", "--task", "gsm8k", "--a", tmp_path / "d.jsonl", "--b", tmp_path / "b.jsonl", "--out",
-        tmp_path / "c.jsonl", *as_chat)
+    write_jsonl(tmp_path / "b.jsonl",
+                [{**r, "completion": ANSWERS[i - 1]} for i, r in enumerate(records)])
+    run(compare, "score", "--judge", tmp_path / "judge", "--task", "gsm8k",
+        "--a", tmp_path / "d.jsonl", "--b", tmp_path / "b.jsonl", "--out", tmp_path / "c.jsonl",
+        *as_chat)
 
     if chat:
         ends = FAMILIES[name][4]
-        turns = [{"role": "user", "content": "Two and two?\n  indented"}, {"role": "assistant", "content": "4"}]
+        turns = [{"role": "user", "content": "Two and two?\n  indented"},
+                 {"role": "assistant", "content": "4"}]
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         prompt = tokenizer(whole[:whole.rindex("4")], add_special_tokens=False).input_ids
-        if name == "mistral":       # its template has no opening of an answer; the space before one is part of it
+        # its template has no opening of an answer; the space before one is part of it
+        if name == "mistral":
             prompt = tokenizer(whole[:whole.rindex(" 4")], add_special_tokens=False).input_ids
     else:
         ends = FAMILIES[name][1]["eos_token"]
-        prompt = ([] if tokenizer.bos_token is None else [tokenizer.bos_token_id]) + plain(tokenizer, question)
+        bos = [] if tokenizer.bos_token is None else [tokenizer.bos_token_id]
+        prompt = bos + plain(tokenizer, question)
     end = tokenizer.convert_tokens_to_ids(ends)
     completions = [plain(tokenizer, text) + [end] for text in ANSWERS]
     assert all(c.count(end) == 1 for c in completions) and end != tokenizer.unk_token_id
     assert prompt.count(tokenizer.bos_token_id) == (0 if name == "qwen3" else 1)
     assert read["generate"] == [prompt] * 4
     assert sorted(ids for ids, _ in read["sft"]) == sorted(prompt + c for c in completions)
-    assert all(weights == [0] * len(prompt) + [1] * (len(ids) - len(prompt)) for ids, weights in read["sft"])
+    assert all(weights == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+               for ids, weights in read["sft"])
     assert {tuple(ids) for ids, _ in read["dpo"]} == {tuple(prompt + c) for c in completions[:2]}
     agree = {c["id"] for c in rows(tmp_path / "c.jsonl") if c["agree"]}
-    assert {tuple(ids) for ids, _ in read["compare"]} == {tuple(prompt + x + y) for i in set(range(4)) - agree for x, y in (
-        (completions[i], completions[i - 1]), (completions[i - 1], completions[i]))}
-    for text, ids in zip(ANSWERS, completions):          # what is trained on comes back as the same text
+    asked = [(completions[i], completions[i - 1]) for i in set(range(4)) - agree]
+    assert {tuple(ids) for ids, _ in read["compare"]} == {
+        tuple(prompt + x + y) for a, b in asked for x, y in ((a, b), (b, a))}
+    # what is trained on comes back as the same text
+    for text, ids in zip(ANSWERS, completions, strict=True):
         assert tokenizer.decode(ids[:-1], skip_special_tokens=True) == text
     assert AutoTokenizer.from_pretrained(tmp_path / "m").eos_token == ends
 
 
 def test_special_tokens_in_a_question_are_text(family):
     name, folder, _ = family
-    tokenizer = sft.open_tokenizer(folder, chat_template=True)
+    tokenizer = open_tokenizer(folder, chat_template=True)
     special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    plain_ids = [i for i in sft.encode_prompt(tokenizer, "a question") if i in special]
+    plain_ids = [i for i in encode_prompt(tokenizer, "a question") if i in special]
     question = f"a {''.join(tokenizer.convert_ids_to_tokens(list(special)))} question"
-    ids = sft.encode_prompt(tokenizer, user_prompt(question))
+    ids = encode_prompt(tokenizer, user_prompt(question))
     assert [i for i in ids if i in special] == plain_ids and plain_ids
     assert question in tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_learns_by_heart_and_stops(family, chat, tmp_path):
-    """Also where pad is EOS (Qwen) and where a turn ends in another token than a text (Llama, Gemma)."""
+    """Also where pad is EOS (Qwen), and where a turn ends in another token than a text (Llama,
+    Gemma)."""
     _, folder, _ = family
-    records = [{"id": 0, "prompt": QUESTION, "completion": ANSWERS[0]}, {"id": 1, "prompt": user_prompt("no?"), "completion": ANSWERS[1]}]
+    records = [{"id": 0, "prompt": QUESTION, "completion": ANSWERS[0]},
+               {"id": 1, "prompt": user_prompt("no?"), "completion": ANSWERS[1]}]
     write_jsonl(tmp_path / "d.jsonl", records)
     as_chat = ["--chat-template"] if chat else []
-    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 60, "--lr", 0.02, "--out", tmp_path / "m", *as_chat)
-    run(generate, "--model", tmp_path / "m", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 40, "--out", tmp_path / "o.jsonl", *as_chat)
-    assert [(a["completion"], a["truncated"]) for a in rows(tmp_path / "o.jsonl")] == [(r["completion"], False) for r in records]
+    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 60, "--lr", 0.02,
+        "--out", tmp_path / "m", *as_chat)
+    run(generate, "--model", tmp_path / "m", "--data", tmp_path / "d.jsonl",
+        "--max-new-tokens", 40, "--out", tmp_path / "o.jsonl", *as_chat)
+    answers = [(a["completion"], a["truncated"]) for a in rows(tmp_path / "o.jsonl")]
+    assert answers == [(r["completion"], False) for r in records]
 
 
 @pytest.mark.parametrize("template, ends", [
-    # channels before the answer, as gpt-oss has them; a template that opens no answer; one that thinks first
-    ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>{% endif %}{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>"),
-    ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}", "<|im_end|>"),
-    (QWEN.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>a long thought</think>"), "<|im_end|>"),
+    # channels before the answer, as gpt-oss has them; a template that opens no answer; one that
+    # thinks first
+    ("{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}<|endoftext|>"
+     "{% endif %}{{ m.content }}<|im_end|>{% endfor %}", "<|im_end|>"),
+    ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+     "<|im_end|>"),
+    (QWEN.replace("<|im_start|>assistant\n",
+                  "<|im_start|>assistant\n<think>a long thought</think>"), "<|im_end|>"),
     ("{{ raise_exception('no') }}", None), ("{% if %}", None)])
 def test_unusual_chat_templates(template, ends, tmp_path):
     tokenizer = make_tokenizer("qwen3")
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path / "t")
     if ends:
-        assert sft.open_tokenizer(tmp_path / "t", chat_template=True).eos_token == ends
+        assert open_tokenizer(tmp_path / "t", chat_template=True).eos_token == ends
     else:
         with pytest.raises(InputError, match="--chat-template: that of .* refuses"):
-            sft.open_tokenizer(tmp_path / "t", chat_template=True)
+            open_tokenizer(tmp_path / "t", chat_template=True)
 
 
 def test_a_template_that_repeats_the_question(tmp_path):
     tokenizer = make_tokenizer("qwen3")
-    tokenizer.chat_template = QWEN.replace("{{ m.content }}", "{{ m.content }} once more: {{ m.content }}")
+    tokenizer.chat_template = QWEN.replace("{{ m.content }}",
+                                           "{{ m.content }} once more: {{ m.content }}")
     tokenizer.save_pretrained(tmp_path / "t")
-    tokenizer = sft.open_tokenizer(tmp_path / "t", chat_template=True)
-    assert "why? once more: why?" in tokenizer.decode(sft.encode_prompt(tokenizer, "why?"))
+    tokenizer = open_tokenizer(tmp_path / "t", chat_template=True)
+    assert "why? once more: why?" in tokenizer.decode(encode_prompt(tokenizer, "why?"))
     with pytest.raises(InputError, match="repeats the question"):
-        sft.encode_prompt(tokenizer, "why <|im_end|>?")
+        encode_prompt(tokenizer, "why <|im_end|>?")
 
 
 def test_a_base_model_has_no_chat_template(tiny, problems, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", problems[:2])
     with pytest.raises(InputError, match="--chat-template: .* has none"):
-        run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--chat-template", "--out", tmp_path / "o.jsonl")
+        run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--chat-template",
+            "--out", tmp_path / "o.jsonl")
 
 
 # ---------------------------------------------------------------- 4 bits
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory, tokenizer):
-    """A Llama wide enough that blocks of 64 values, which 4 bits are scaled by, are not whole layers."""
+    """A Llama so wide that blocks of 64 values, which 4 bits are scaled by, are no whole layers."""
     folder = tmp_path_factory.mktemp("wide") / "model"
-    tiny_model(vocab=len(tokenizer), hidden_size=128, intermediate_size=192, initializer_range=0.05).save_pretrained(folder)
+    tiny_model(vocab=len(tokenizer), hidden_size=128, intermediate_size=192,
+               initializer_range=0.05).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
+def preferences(problems):
+    return [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"}
+            for p in problems]
+
+
 def nf4(weight):
-    """A weight as 4 bits hold it: per 64 values, the nearest of 16 normal quantiles times the largest (QLoRA, appendix E), here to
-    the precision of the scales, which are quantized too."""
+    """A weight as 4 bits hold it: per 64 values, the nearest of 16 normal quantiles times the
+    largest (QLoRA, appendix E), here to the precision of the scales, which are quantized too."""
     import bitsandbytes as bnb
     levels = bnb.functional.get_4bit_type("nf4", device="cpu")
     blocks = weight.reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True)
-    return (levels[((blocks / scale)[..., None] - levels).abs().argmin(-1)] * scale).reshape(weight.shape), scale.max()
+    nearest = ((blocks / scale)[..., None] - levels).abs().argmin(-1)
+    return (levels[nearest] * scale).reshape(weight.shape), scale.max()
 
 
 def test_four_bits_keep_what_they_can(wide):
     import bitsandbytes as bnb
-    full, small = sft.open_model(wide, CPU), sft.open_model(wide, CPU, load_in_4bit=True)
+    full, small = open_model(wide, CPU), open_model(wide, CPU, load_in_4bit=True)
     layers = dict(full.named_modules())
     quantized = [name for name, m in small.named_modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert sorted(quantized) == sorted(name for name, m in full.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head")
+    assert sorted(quantized) == sorted(name for name, m in full.named_modules()
+                                       if isinstance(m, torch.nn.Linear) and name != "lm_head")
     for name in quantized:
         weight = small.get_submodule(name).weight
-        got, (expected, scale) = bnb.functional.dequantize_4bit(weight.data, weight.quant_state), nf4(layers[name].weight.data)
+        got = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        expected, scale = nf4(layers[name].weight.data)
         # the scales are kept in 8 bits: within 1% of the largest, measured 0.4%
-        assert (got - expected).abs().max() < 0.01 * scale and (got - layers[name].weight).abs().max() > 0.01 * scale
+        assert (got - expected).abs().max() < 0.01 * scale
+        assert (got - layers[name].weight).abs().max() > 0.01 * scale
     ids = torch.randint(3, 24, (2, 9), generator=torch.Generator().manual_seed(0))
     assert 0.01 < (full(input_ids=ids).logits - small(input_ids=ids).logits).abs().max() < 1.0
 
 
-def test_adapters_on_four_bits_train_merge_and_continue(wide, problems, tmp_path, monkeypatch, capsys):
+def test_adapters_on_four_bits_train_merge_and_continue(wide, problems, tmp_path, monkeypatch,
+                                                        capsys):
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    argv = ["--model", wide, "--data", tmp_path / "d.jsonl", "--batch-size", 4, "--epochs", 4, "--lr", 0.01, "--lora-rank", 4, "--load-in-4bit",
-            "--gradient-checkpointing"]
-    run(sft, *argv, "--save-every", 0.5, "--out", tmp_path / "m")
+    argv = ["--model", wide, "--data", tmp_path / "d.jsonl", "--batch-size", 4, "--epochs", 4,
+            "--lr", 0.01, "--lora-rank", 4, "--load-in-4bit", "--gradient-checkpointing"]
+    run(sft, *argv, "--save-at", 0.5, "--out", tmp_path / "m")
     losses = [r["loss"] for r in rows(tmp_path / "m/metrics.jsonl")]
     assert losses[-1] < 0.9 * losses[0]
     old, new = (load_file(f / "model.safetensors") for f in (wide, tmp_path / "m"))
-    assert set(old) == set(new) and all(old[k].shape == new[k].shape and old[k].dtype == new[k].dtype for k in old)
+    assert set(old) == set(new)
+    assert all((old[k].shape, old[k].dtype) == (new[k].shape, new[k].dtype) for k in old)
+    import bitsandbytes as bnb
+    base = open_model(wide, CPU, load_in_4bit=True)
     for name in old:
         if name.endswith("proj.weight"):        # what 4 bits made of it, plus a matrix of rank 4
-            start = sft.open_model(wide, CPU, load_in_4bit=True).get_submodule(name.removesuffix(".weight")).weight
-            import bitsandbytes as bnb
+            start = base.get_submodule(name.removesuffix(".weight")).weight
             change = new[name] - bnb.functional.dequantize_4bit(start.data, start.quant_state)
             assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 4
         else:
             assert torch.equal(old[name], new[name])
-    run(generate, "--model", tmp_path / "m", "--load-in-4bit", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 4, "--out", tmp_path / "o.jsonl")
+    run(generate, "--model", tmp_path / "m", "--load-in-4bit", "--data", tmp_path / "d.jsonl",
+        "--max-new-tokens", 4, "--out", tmp_path / "o.jsonl")
     check_resume(monkeypatch, capsys, tmp_path, sft, argv, calls=4)
-    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in problems[:4]])
-    run(dpo, "--model", wide, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4, "--load-in-4bit", "--out", tmp_path / "n")
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
+    run(dpo, "--model", wide, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4,
+        "--load-in-4bit", "--out", tmp_path / "n")
     # adapters that are 0 are the reference: ln 2, to the 6 digits of the log
     assert rows(tmp_path / "n/metrics.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
 
 
 def test_gradients_through_four_bits_in_dpo(wide, problems, tmp_path, monkeypatch):
-    """Those of the same model with what 4 bits made of its weights: the pass that computes the reference must not get in the way."""
+    """Those of the same model with what 4 bits made of its weights: the pass that computes the
+    reference must not get in the way."""
     import bitsandbytes as bnb
-    model, small = sft.open_model(wide, CPU), sft.open_model(wide, CPU, load_in_4bit=True)
+    model, small = open_model(wide, CPU), open_model(wide, CPU, load_in_4bit=True)
     for name, m in small.named_modules():
         if isinstance(m, bnb.nn.Linear4bit):
-            model.get_submodule(name).weight.data = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
-    sft.save_model(model, AutoTokenizer.from_pretrained(wide), tmp_path / "same")
-    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in problems[:3]])
+            weight = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
+            model.get_submodule(name).weight.data = weight
+    save_model(model, AutoTokenizer.from_pretrained(wide), tmp_path / "same")
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:3]))
     found = []
 
     def spy(model, *args):
@@ -271,65 +336,76 @@ def test_gradients_through_four_bits_in_dpo(wide, problems, tmp_path, monkeypatc
         return 0.0
     monkeypatch.setattr(dpo, "apply_gradients", spy)
     for at, more in ((wide, ["--load-in-4bit"]), (tmp_path / "same", [])):
-        run(dpo, "--model", at, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4, "--out", tmp_path / f"m{len(found)}", *more)
+        run(dpo, "--model", at, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4,
+            "--out", tmp_path / f"m{len(found)}", *more)
     assert_same_gradients(*found)
 
 
 def test_small_changes_survive_four_bits(wide, problems, tmp_path):
-    """What a paper's learning rate changes is less than a step of 4 bits: the folder is opened as its base and adapters."""
+    """What a paper's learning rate changes is less than a step of 4 bits: the folder is opened as
+    its base and adapters."""
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
     four = ["--load-in-4bit", "--lora-rank", 4]
-    run(sft, "--model", wide, "--data", tmp_path / "d.jsonl", "--epochs", 4, "--lr", 1e-4, *four, "--save-every", 0.5, "--out", tmp_path / "m")
+    run(sft, "--model", wide, "--data", tmp_path / "d.jsonl", "--epochs", 4, "--lr", 1e-4, *four,
+        "--save-at", 0.5, "--out", tmp_path / "m")
     ids = torch.randint(3, 24, (2, 9), generator=torch.Generator().manual_seed(0))
 
     def logits(folder, **more):
-        return sft.open_model(folder, CPU, **more)(input_ids=ids).logits
+        return open_model(folder, CPU, **more)(input_ids=ids).logits
     base, trained = logits(wide, load_in_4bit=True), logits(tmp_path / "m")
     assert (trained - base).abs().max() > 1e-3
     # fp32 logits of size 1, summed in another order
     assert (logits(tmp_path / "m", load_in_4bit=True) - trained).abs().max() < 2e-5
     assert (logits(tmp_path / "m/checkpoint-50", load_in_4bit=True) - trained).abs().max() > 1e-4
-    write_jsonl(tmp_path / "p.jsonl", [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"} for p in problems[:4]])
-    run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--lr", 1e-5, *four, "--out", tmp_path / "n")
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
+    run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--lr", 1e-5, *four,
+        "--out", tmp_path / "n")
     assert rows(tmp_path / "n/metrics.jsonl")[0]["loss"] == pytest.approx(0.693147, abs=1e-6)
     after = logits(tmp_path / "n")          # the SFT adapters, trained on
     assert 1e-5 < (after - trained).abs().max() < 0.1 * (after - base).abs().max()
     assert (logits(tmp_path / "n", load_in_4bit=True) - after).abs().max() < 2e-5
     with pytest.raises(InputError, match="adapters of rank 4"):
-        run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--load-in-4bit", "--lora-rank", 8, "--out", tmp_path / "o")
+        run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "p.jsonl", "--load-in-4bit",
+            "--lora-rank", 8, "--out", tmp_path / "o")
     (tmp_path / "n/adapters.safetensors").write_bytes(b"broken")
     with pytest.raises(InputError, match="not adapters that a stage wrote"):
         logits(tmp_path / "n", load_in_4bit=True)
 
 
-@pytest.mark.parametrize("more, message", [({}, "its weights alone take .* --load-in-4bit, with --lora-rank"), ({"load_in_4bit": True}, "its weights alone take")])
+@pytest.mark.parametrize("more, message", [
+    ({}, "its weights alone take .* --load-in-4bit, with --lora-rank"),
+    ({"load_in_4bit": True}, "its weights alone take")])
 def test_weights_larger_than_the_device_are_not_read(wide, monkeypatch, more, message):
-    from tasks import _models
-    monkeypatch.setattr(_models, "device_bytes", lambda device: 10_000)
-    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)       # it is not even called
+    monkeypatch.setattr("core.models.device_bytes", lambda device: 10_000)
+    # it is not even called
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(InputError, match=message):
-        sft.open_model(wide, CPU, **more)
+        open_model(wide, CPU, **more)
 
 
 @pytest.mark.parametrize("stage", [sft, dpo])
 def test_four_bits_need_adapters(tiny, problems, tmp_path, stage):
     write_jsonl(tmp_path / "d.jsonl", problems[:2])
     with pytest.raises(InputError, match="4 bits cannot be trained"):
-        run(stage, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--load-in-4bit", "--out", tmp_path / "m")
+        run(stage, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--load-in-4bit",
+            "--out", tmp_path / "m")
 
 
 def test_adapters_on_what_adapters_made(tiny, problems, tmp_path):
-    """The adapters beside a model that was trained from one with adapters lead from the first base to it: opened in 4 bits it is all of them."""
+    """The adapters beside a model that was trained from one with adapters lead from the first base
+    to it: opened in 4 bits it is all of them."""
     write_jsonl(tmp_path / "d.jsonl", problems[:4])
     for base, out in ((tiny / "model", "m"), (tmp_path / "m", "n")):
-        run(sft, "--model", base, "--data", tmp_path / "d.jsonl", "--epochs", 3, "--lr", 0.01, "--lora-rank", 3, "--out", tmp_path / out)
+        run(sft, "--model", base, "--data", tmp_path / "d.jsonl", "--epochs", 3, "--lr", 0.01,
+            "--lora-rank", 3, "--out", tmp_path / out)
     adapters = read_adapters(tmp_path / "n")
     assert adapters.pop("base") == str((tiny / "model").resolve())
-    before, after = load_file(tiny / "model/model.safetensors"), load_file(tmp_path / "n/model.safetensors")
+    before, after = (load_file(f / "model.safetensors") for f in (tiny / "model", tmp_path / "n"))
     for name in (n.removesuffix(".lora_A") for n in adapters if n.endswith("A")):
         a, b = adapters[f"{name}.lora_A"], adapters[f"{name}.lora_B"]
         assert len(a) == 6 and a.shape[0] == b.shape[1]
         change = after[f"{name}.weight"] - before[f"{name}.weight"]
         assert change.abs().max() > 1e-3 and torch.allclose(change, 2 * b @ a, atol=1e-5)
-    assert sum(p.numel() for n, p in sft.open_model(tmp_path / "n", torch.device("cpu"), load_in_4bit=True).named_parameters() if "lora_A" in n) == sum(
+    opened = open_model(tmp_path / "n", torch.device("cpu"), load_in_4bit=True)
+    assert sum(p.numel() for n, p in opened.named_parameters() if "lora_A" in n) == sum(
         a.numel() for n, a in adapters.items() if n.endswith("A"))

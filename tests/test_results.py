@@ -1,12 +1,19 @@
-"""results/ is one run's report; README's tables are its tables. `PYTHONPATH=. python tests/test_results.py` writes them into README."""
+"""results/ is one run's report; the tables of README.md and docs/evidence.md are its tables.
+
+`PYTHONPATH=. python tests/test_results.py` writes them there.
+"""
 import json
 import re
 from pathlib import Path
 
-import evaluate
-from tasks._methods import METHODS, points_of
+import pytest
+
+from report.claims import sentence
+from report.methods import METHODS, points_of
+from report.tables import cell
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "docs/evidence.md"]
 TABLE = re.compile(r"(?<=<!-- results: )(.*?) -->\n.*?<!-- end -->", re.S)
 
 
@@ -16,13 +23,18 @@ def table_under(heading):
     return re.search(r"(?:^\|.*\n)+", below, re.M)[0]
 
 
-def filled(readme):
-    return TABLE.sub(lambda block: f"{block[1]} -->\n{table_under(block[1])}<!-- end -->", readme)
+def filled(text):
+    """The text with every `<!-- results: HEADING -->` filled anew."""
+    def block(match):
+        return f"{match[1]} -->\n{table_under(match[1])}<!-- end -->"
+    return TABLE.sub(block, text)
 
 
-def test_readme_has_the_tables_of_the_report():
-    readme = (ROOT / "README.md").read_text()
-    assert TABLE.search(readme) and filled(readme) == readme, "PYTHONPATH=. python tests/test_results.py writes README's tables anew"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_have_the_tables_of_the_report(page):
+    text = page.read_text()
+    anew = "PYTHONPATH=. python tests/test_results.py writes the tables anew"
+    assert TABLE.search(text) and filled(text) == text, anew
 
 
 def test_the_report_has_the_numbers_of_its_json():
@@ -30,16 +42,18 @@ def test_the_report_has_the_numbers_of_its_json():
     assert len(found["seeds"]) >= 5
     rows = dict(re.findall(r"^\| ([\w-]+) \| (.*) \|$", table_under("Accuracy by round"), re.M))
     for m in {p.rpartition("_")[0] for p in found["tests"]} & set(METHODS):
-        cells = [evaluate.cell(found["tests"][p]) for p in points_of(found, m).values()]
-        assert rows[METHODS[m][0]].split(" | ")[:len(cells)] == cells
+        cells = [cell(found["tests"][p]) for p in points_of(found, m).values()]
+        assert rows[METHODS[m].NAME].split(" | ")[:len(cells)] == cells
     for claim in found["claims"]:
-        assert evaluate.sentence(claim) in (ROOT / "results/report.md").read_text()
+        assert sentence(claim) in (ROOT / "results/report.md").read_text()
 
 
 def test_the_page_needs_nothing_beside_it():
     html = (ROOT / "results/report.html").read_text()
-    assert re.findall(r'src="(?!data:image/png;base64,)', html) == [] and html.count("<img ") == len(list((ROOT / "results").glob("*.png"))) >= 4
+    assert re.findall(r'src="(?!data:image/png;base64,)', html) == []
+    assert html.count("<img ") == len(list((ROOT / "results").glob("*.png"))) >= 4
 
 
 if __name__ == "__main__":
-    (ROOT / "README.md").write_text(filled((ROOT / "README.md").read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

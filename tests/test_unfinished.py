@@ -1,0 +1,148 @@
+"""Unfinished work: what is continued, what is not and why, and who may work on it."""
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from core import sources, unfinished
+from core.records import InputError
+from core.unfinished import BatchLog, finished, partial_path
+
+SCRIPT = str(ROOT / "sft.py")
+
+
+@pytest.fixture
+def files(tmp_path):
+    data, model = tmp_path / "data.jsonl", tmp_path / "model"
+    data.write_text("{}\n")
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    return tmp_path / "out", data, model
+
+
+def begin(out, data, model, **args):
+    """Unfinished work for `out`, as a killed stage leaves it."""
+    partial = partial_path(SCRIPT, out, {"lr": 1, "state_every": 5, **args}, [data, model])
+    partial.mkdir(exist_ok=True)
+    return partial
+
+
+def test_the_same_work_is_continued(files, capsys):
+    partial = begin(*files)
+    (partial / "state").write_text("x")
+    assert begin(*files, state_every=9) == partial and (partial / "state").exists()
+    files[1].touch()        # content counts, not time
+    assert begin(*files) == partial and (partial / "state").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("change, why", [
+    (lambda out, data, model: {"lr": 2}, "--lr was 1, is 2"),
+    (lambda out, data, model: {"new_flag": "x"}, "--new-flag was None, is x"),
+    (lambda out, data, model: data.write_text("{} \n") and {}, "data.jsonl has changed"),
+    (lambda out, data, model: (model / "config.json").write_text("{1}") and {},
+     "model has changed")], ids=["argument", "new argument", "data", "model"])
+def test_other_work_is_not_continued_and_says_why(change, why, files, capsys):
+    partial = begin(*files)
+    (partial / "state").write_text("x")
+    begin(*files, **change(*files))
+    assert list(partial.iterdir()) == []
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {files[0]}: unfinished work is not continued, and removed: ")
+    assert why in said and len(said.splitlines()) == 1
+    (partial / "state").write_text("y")
+    begin(*files, **change(*files))         # and now that work is what is continued
+    assert (partial / "state").exists()
+
+
+def test_work_of_other_sources_is_not_continued(files, capsys, monkeypatch):
+    begin(*files)
+    real = sources.sources_of(SCRIPT)
+    edited = {**real, "core/packing.py": "0" * 12}
+    monkeypatch.setattr(unfinished, "sources_of", lambda *_: edited)
+    begin(*files)
+    assert "core/packing.py has changed" in capsys.readouterr().out
+
+
+def test_a_leftover_that_nothing_describes_is_removed(files, capsys):
+    partial = begin(*files)
+    (partial / "state").write_text("x")
+    note = partial.with_name(f"{partial.name}.json")
+    note.write_text('{"argum')      # cut by a full disk
+    begin(*files)
+    assert not (partial / "state").exists() and "is not continued" in capsys.readouterr().out
+    assert json.loads(note.read_text())["arguments"] == {"--lr": 1}
+
+
+def test_nobody_works_on_what_another_process_is_making(files):
+    out, data, model = files
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from core.unfinished import partial_path;"
+            "partial_path(*sys.argv[2:4], {'lr': 1}, sys.argv[4:]); print('at work', flush=True);"
+            "sys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code, ROOT, SCRIPT, out, data, model], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == "at work\n"
+        with pytest.raises(InputError, match="another process is making it"):
+            begin(*files)
+        other.stdin.close()
+    begin(*files)
+
+
+def test_nothing_is_left_when_the_work_is_finished(files):
+    partial = begin(*files)
+    partial.rename(files[0])
+    finished(partial)
+    assert sorted(p.name for p in files[0].parent.iterdir()) == ["data.jsonl", "model", "out"]
+    with pytest.raises(InputError, match="exists"):
+        begin(*files)
+
+
+# ---------------------------------------------------------------- what a result depends on
+def test_sources_are_the_files_that_a_stage_really_imports():
+    found = sources.sources_of(SCRIPT, "arithmetic")
+    assert {"sft.py", "core/packing.py", "core/records.py", "tasks/__init__.py",
+            "tasks/arithmetic.py"} <= set(found)
+    assert not {"dpo.py", "evaluate.py", "tasks/bird.py", "core/human.py"} & set(found)
+    assert "tasks/arithmetic.py" not in sources.sources_of(SCRIPT)
+    assert not any(name.startswith("report") for name in sources.sources_of(ROOT / "evaluate.py"))
+    assert "refine.py" in sources.sources_of(ROOT / "baselines/filter.py")
+    assert all(len(digest) == 12 for digest in found.values())
+
+
+def test_fingerprints_tell_content_and_names(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    for folder in (a, b):
+        (folder / "x").mkdir(parents=True)
+        (folder / "x/file").write_text("1")
+    assert sources.fingerprint(a) == sources.fingerprint(b) != ""
+    (b / "x/file").rename(b / "file")
+    assert sources.fingerprint(a) != sources.fingerprint(b)
+    assert sources.fingerprint(tmp_path / "none") == ""
+    (b / "file").write_text("2")
+    assert sources.fingerprint(b / "file") != sources.fingerprint(a / "x/file")
+
+
+def test_a_large_file_is_known_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 1)
+    path = tmp_path / "file"
+    path.write_text("12")
+    before = sources.fingerprint(path)
+    assert sources.fingerprint(path) == before
+    path.write_text("123")
+    assert sources.fingerprint(path) != before
+
+
+def test_batch_log_keeps_whole_batches_only(tmp_path):
+    path = tmp_path / "log"
+    log = BatchLog(path, [2, 1, 3])
+    log.append([1, 2])
+    log.append([3])
+    with open(path, "a") as f:
+        f.write("4\n5")      # a kill inside the third batch, inside a line
+    again = BatchLog(path, [2, 1, 3])
+    assert (again.results, again.batches_done) == ([1, 2, 3], 2)
+    assert path.read_text() == "1\n2\n3\n"
+    again.append([4, 5, 6])
+    assert BatchLog(path, [2, 1, 3]).batches_done == 3
