@@ -205,7 +205,6 @@ def main(args):
     lengths = torch.tensor([[sum(weights[1:]) for _, weights in pair] for pair in pairs],
                            device=device)
     model = open_for_training(args.reference or args.model, args, device)
-    folder.mkdir(parents=True, exist_ok=True)
     if loss.reference:
         reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl")
         reference = reference.to(device)

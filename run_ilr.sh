@@ -99,9 +99,9 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
 }
 
 # ---------------------------------------------------------------- base models, where none is given
-if [ "$PRETRAIN" ]; then       # another recipe is another folder
+if [ "$PRETRAIN" ] && { [ -z "$WEAK_MODEL" ] || [ -z "$STRONG_MODEL" ]; }; then
   recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)
-  bases=$BASES/$TASK-${recipe%% *}
+  bases=$BASES/$TASK-${recipe%% *}       # another recipe is another folder
   stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" \
     --out "$bases/corpora"
   for base in weak strong; do

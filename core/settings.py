@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from core.records import InputError, read_json, write_json
+from core.records import InputError, read_json
 from core.sources import ROOT
 
 LINE = re.compile(r'^ *([A-Z][A-Z0-9_]*)="?\$\{\1:?-.*?(?:\s#\s*(.*))?$')
@@ -196,8 +196,8 @@ def versions():
             **{name: importlib.metadata.version(name) for name in names}}
 
 
-def write_config(run, now):
-    """Write config.json, or refuse a folder whose config differs, naming the difference."""
+def check_config(run, now):
+    """Refuse a folder whose config.json differs, naming the difference; else what to write."""
     path = Path(run) / "config.json"
     made = any(Path(run).glob("seed_*/*/*"))        # else nothing was made under old settings
     if path.exists() and made:
@@ -210,7 +210,7 @@ def write_config(run, now):
                              "Set OUT to a new folder, or restore what changed")
         for name in MAY_GROW:       # a start that asks for less takes nothing back
             now["settings"][name] = larger(name, old.get(name), new[name])
-    write_json(path, now)
+    return now
 
 
 def larger(name, old, new):

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from core import settings
 from core.plan import below, portable, read_plan, there
-from core.records import InputError, dumps, write_jsonl
+from core.records import InputError, dumps, write_json, write_jsonl
 from core.sources import changes
 
 SIDES = (".price", ".summary")      # what stands beside a file that a stage writes
@@ -132,6 +132,7 @@ class Run:
         self.running, self.slots = {}, list(range(1, self.jobs + 1))
         self.waiting = list(stages)
         self.made = Made(str(self.out))
+        self.undisturbed = not self.made.rows
         self.source = Made(os.environ["FROM"]) if os.environ["FROM"] else None
         self.on_terminal = sys.stderr.isatty()
         self.locks = []
@@ -168,8 +169,10 @@ class Run:
                       "it has")
         if self.made.torn:
             write_jsonl(self.made.path, self.made.rows.values())
+        now = settings.configuration(os.environ["PRESET"])
+        config = settings.check_config(self.out, now)
         again = stale(self.stages, self.made)
-        settings.write_config(self.out, settings.configuration(os.environ["PRESET"]))
+        write_json(self.out / "config.json", config)
         for stage in again:
             row = self.made.rows[stage.name]
             why = changes(row, stage.work(row["inputs"]))
@@ -225,6 +228,8 @@ class Run:
         return True
 
     def begin(self, stage):
+        if not stage.outs:
+            self.tidy()
         slot = 0 if stage.light else self.slots.pop(0)
         self.announce(stage)
         self.running[stage] = Job(self, stage, slot)
@@ -234,9 +239,9 @@ class Run:
             self.slots.append(job.slot)
             self.slots.sort()
         text = job.output()
-        self.log(text)
         lines = text.splitlines()
         if stage.outs:      # its summary; log.txt has all
+            self.log(text)
             lines = [f"    {line}" for line in lines[-1:] if not line.startswith(NEWS)]
         for line in lines:
             self.say(line)
@@ -269,10 +274,12 @@ class Run:
                 job.process.kill()
                 job.process.wait()
 
-    def finish(self, undisturbed):
-        """All is complete: remove what a stage left that was killed between its last two steps."""
-        if undisturbed:
+    def tidy(self):
+        """All files are made: say how long that took, if nothing came between, and remove what a
+        stage left that was killed between its last two steps."""
+        if self.undisturbed:
             self.record({"stage": "whole run", "seconds": int(time.monotonic() - self.began)})
+            self.undisturbed = False
         for pattern in (".*.partial", ".*.partial.json", ".*.writing"):
             for path in list(self.out.rglob(pattern)):
                 remove(path)
@@ -291,7 +298,8 @@ class Job:
             remove(self.folder)
             words = [str(self.folder) if w == stage.outs[0] else w for w in words]
         command = [*launcher(stage), *words]
-        run.log(f"$ {shlex.join(command)}\n")
+        if stage.outs:
+            run.log(f"$ {shlex.join(command)}\n")
         nice = 10 if stage.depth <= 2 else 0        # a training that only its test answers await
         environment = {**os.environ, "OMP_NUM_THREADS": os.environ["THREADS"],
                        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -400,7 +408,6 @@ def would_be(stage, source, made, settled):
 
 def execute(stages):
     run, interrupted = Run(stages), []
-    undisturbed = not run.made.rows
     # only noted: an exception in the midst of starting a process would lose it
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.append(True))
@@ -411,7 +418,7 @@ def execute(stages):
         if interrupted:
             run.stop()
             return settings.fail("interrupted; the same command continues from here", 130)
-        run.finish(undisturbed)
+        run.tidy()
     except Failure as failure:
         job, status = failure.job, failure.job.status()
         if not run.on_terminal:

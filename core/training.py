@@ -9,7 +9,7 @@ from core.cli import amount, positive, rate, share, whole
 from core.distributed import first, gathered, placed, rank, world
 from core.models import count_weights
 from core.records import InputError, dumps, write_json, write_text
-from core.unfinished import finished
+from core.unfinished import claim, finished
 
 
 def checkpoint_steps(total, shares):
@@ -34,6 +34,7 @@ class Training:
     def __init__(self, folder, model, optimizers, seconds):
         self.folder, self.model, self.optimizers = folder, model, optimizers
         self.seconds, self.saved_at = seconds, time.monotonic()
+        first(lambda: claim(folder))
         folder.mkdir(parents=True, exist_ok=True)
         self.state, kept = {}, []
         metrics = folder / "metrics.jsonl"

@@ -15,7 +15,8 @@ from core.records import InputError, dumps, write_text
 from core.sources import changes, fingerprint, sources_of
 
 UNKEYED = ("state_every",)      # arguments that change no result
-locks = {}      # path of a description -> its open file, whose lock says that somebody is at work
+begun = {}      # unfinished work of this process -> what it is
+locks = {}      # unfinished work that this process writes -> the open, locked file that says so
 
 
 def refuse_existing(out):
@@ -27,7 +28,8 @@ def partial_path(script, out, args, inputs):
     """Where a stage keeps its unfinished work for `out`; what other work left there is removed.
 
     script: the stage's `__file__`; args: its arguments as a dict; inputs: the paths that it reads.
-    The number of processes is no part of the description: another number continues.
+    The number of processes is no part of the description: another number continues. Nothing is
+    written before the stage has something to keep (`claim`).
     Raises InputError if `out` exists, or if another process is making it.
     """
     return first(lambda: _partial_path(script, out, args, inputs))
@@ -39,46 +41,68 @@ def _partial_path(script, out, args, inputs):
     partial = out.with_name(f".{out.name}.partial")
     arguments = {f"--{k.replace('_', '-')}": json.loads(json.dumps(v, default=str))
                  for k, v in args.items() if k not in UNKEYED}
-    now = {"arguments": arguments, "sources": sources_of(script, args.get("task")),
-           "inputs": {str(path): fingerprint(path) for path in inputs}}
-    note = describe(partial)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if note in locks:       # this process began it: only tests come back
-        locks.pop(note).close()
-    file = open(note, "a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise InputError(f"--out {out}: another process is making it") from None
-    locks[note] = file
-    file.seek(0)
-    try:
-        before = json.loads(file.read() or "{}")
-    except ValueError:
-        before = {}
-    if before != now:
-        if os.path.lexists(partial):
-            why = changes(before, now) or "nothing says what it was"
+    begun[partial] = {"arguments": arguments, "sources": sources_of(script, args.get("task")),
+                      "inputs": {str(path): fingerprint(path) for path in inputs}}
+    release(partial)        # of an earlier start in this process
+    if os.path.lexists(partial) or description(partial).exists():
+        before = read_description(lock(partial))
+        if before != begun[partial] and os.path.lexists(partial):
+            why = changes(before, begun[partial]) or "nothing says what it was"
             print(f"note: {out}: unfinished work is not continued, and removed: {why}")
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
-        file.truncate(0)
-        file.write(json.dumps(now))
-        file.flush()
     return partial
 
 
-def describe(partial):
+def claim(path):
+    """Before a stage writes to its unfinished work, the file or folder `path` or a file in it: say
+    beside it what it is, and hold it against other processes."""
+    partial = path if path in begun else path.parent
+    if partial not in begun:        # no stage's: a log of its own
+        return
+    file = lock(partial)
+    if read_description(file) != begun[partial]:
+        file.truncate(0)
+        file.write(json.dumps(begun[partial]))
+        file.flush()
+
+
+def finished(partial):
+    """Forget unfinished work: its result has its name now."""
+    begun.pop(partial, None)
+    description(partial).unlink(missing_ok=True)
+    release(partial)
+
+
+def description(partial):
     """The file beside unfinished work that says what it is."""
     return partial.with_name(f"{partial.name}.json")
 
 
-def finished(partial):
-    """Forget the work that `partial_path` began: its result has its name now."""
-    note = describe(partial)
-    if note in locks:
-        note.unlink(missing_ok=True)
-        locks.pop(note).close()
+def read_description(file):
+    file.seek(0)
+    try:
+        return json.loads(file.read())
+    except ValueError:      # new, or cut by a full disk
+        return {}
+
+
+def lock(partial):
+    """The open description of unfinished work, locked until this process ends or releases it."""
+    if partial not in locks:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        file = open(description(partial), "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise InputError(f"{partial}: another process is at work on it") from None
+        locks[partial] = file
+    return locks[partial]
+
+
+def release(partial):
+    if partial in locks:
+        locks.pop(partial).close()
 
 
 class BatchLog:
@@ -90,6 +114,7 @@ class BatchLog:
 
     def __init__(self, path, sizes):
         def read():
+            claim(path)
             if not path.exists():
                 return []
             # errors="replace": a kill may have cut the last line, which is dropped, in a character

@@ -52,8 +52,9 @@ def one_thread():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a random Llama and the arithmetic task's tokenizer."""
-    from tasks import arithmetic
     from transformers import AutoTokenizer
+
+    from tasks import arithmetic
     top = tmp_path_factory.mktemp("tiny")
     arithmetic.prepare_bases(top, {"strong": 60, "weak": 40})
     tokenizer = AutoTokenizer.from_pretrained(top / "tokenizer")

@@ -295,8 +295,6 @@ def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
      "nowhere: not a folder that `compare.py train`"),
     ("dpo --model {model} --data {pairs.jsonl} --out {out} --noise 0",
      "--noise has no effect with --loss sigmoid"),
-    ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss ipo --judge {coin}",
-     "--judge has no effect with --loss ipo"),
     ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss asft --beta 0.1",
      "--beta has no effect with --loss asft"),
     ("dpo --model {model} --data {pairs.jsonl} --out {out} --loss asft --reference {model}",

@@ -140,12 +140,13 @@ def test_the_chain_on_64_real_problems(tmp_path):
 
 def test_dry_run_names_every_stage_in_order(tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", "--dry-run", EVAL="platinum")
-    stages = [line.split()[1] for line in done.stdout.splitlines()]
+    commands = [line for line in done.stdout.splitlines() if not line.startswith("#")]
+    stages = [command.split()[1] for command in commands]
     assert done.returncode == 0 and stages[0] == "tasks/gsm8k.py" and stages.count("sft.py") == 12
     assert stages.count("dpo.py") == 3
     assert "google/gemma-2b" in done.stdout and "mistralai/Mistral-7B-v0.1" in done.stdout
     assert not (tmp_path / "run").exists()
-    assert done.stdout.splitlines()[0].endswith("--data-dir data/gsm8k --platinum ")
+    assert commands[0].endswith("--data-dir data/gsm8k --platinum")
     assert "--num-beams 4" in done.stdout and "data/platinum.jsonl" in done.stdout
 
 

@@ -7,7 +7,7 @@ from conftest import ROOT
 from kill_test import TINY, call
 
 from core import settings
-from core.records import InputError
+from core.records import InputError, write_json
 
 PRESETS = sorted(p.stem for p in (ROOT / "presets").glob("*.sh"))
 
@@ -40,8 +40,8 @@ def test_a_variable_that_nearly_is_a_setting_is_refused_by_name(wrong, right, tm
 def test_other_variables_of_an_environment_are_nobodys_business(tmp_path):
     usual = ("TERM SHELL USER LOGNAME EDITOR PAGER DISPLAY HOST HOSTNAME MAIL PWD OLDPWD SHLVL "
              "COLUMNS LINES TZ CI DEBUG PYTHONPATH VIRTUAL_ENV CONDA_PREFIX CUDA_VISIBLE_DEVICES "
-             "OMP_NUM_THREADS SLURM_JOB_ID HF_HOME HF_TOKEN http_proxy https_proxy no_proxy TMP TEMP "
-             "LC_ALL LANGUAGE WANDB_MODE DATA MODEL OUTPUT NAME PORT HOSTTYPE MACHTYPE MANPATH")
+             "OMP_NUM_THREADS SLURM_JOB_ID HF_HOME HF_TOKEN http_proxy https_proxy no_proxy TMP "
+             "TEMP LC_ALL LANGUAGE WANDB_MODE DATA MODEL OUTPUT NAME PORT HOSTTYPE MANPATH")
     done = call(tmp_path / "run", tmp_path / "bases", "--dry-run",
                 **dict.fromkeys(usual.split(), "1"))
     assert done.returncode == 0, done.stderr
@@ -128,8 +128,12 @@ NOW = {"settings": {"ALPHA": "0.15", "ROUNDS": "3", "SEEDS": "0", "METHODS": "il
                     "RETRAINS": "1"}, "commit": "abc", "versions": {"torch": "2.13.0"}}
 
 
+def config(run, now):
+    write_json(run / "config.json", settings.check_config(run, now))
+
+
 def begun(run, **changes):
-    settings.write_config(run, {**NOW, "settings": {**NOW["settings"], **changes}})
+    config(run, {**NOW, "settings": {**NOW["settings"], **changes}})
     (run / "seed_0/data").mkdir(parents=True, exist_ok=True)
     (run / "seed_0/data/test.jsonl").write_text("{}\n")
     return json.loads((run / "config.json").read_text())
@@ -142,7 +146,7 @@ def test_a_changed_setting_is_refused_and_the_file_kept(tmp_path):
         begun(tmp_path, ALPHA="0.3")
     newer = {**NOW, "versions": {"torch": "2.14.0"}}
     with pytest.raises(InputError, match="torch was '2.13.0', is '2.14.0'"):
-        settings.write_config(tmp_path, newer)
+        config(tmp_path, newer)
     assert (tmp_path / "config.json").read_text() == before
 
 
@@ -155,6 +159,6 @@ def test_a_start_that_asks_for_more_or_less_takes_nothing_back(tmp_path):
 
 
 def test_settings_of_a_folder_where_nothing_was_made_are_forgotten(tmp_path):
-    settings.write_config(tmp_path, NOW)
-    settings.write_config(tmp_path, {**NOW, "settings": {**NOW["settings"], "ALPHA": "0.3"}})
+    config(tmp_path, NOW)
+    config(tmp_path, {**NOW, "settings": {**NOW["settings"], "ALPHA": "0.3"}})
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["ALPHA"] == "0.3"

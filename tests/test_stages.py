@@ -1,4 +1,4 @@
-"""core/stages: plans of real stages that need no model, in a copy of the project that may be edited.
+"""core/stages: plans of real stages that need no model, in a copy of the project that is edited.
 
 The copy has a script beside run_ilr.sh, as a researcher would write one.
 """
@@ -321,5 +321,6 @@ run_plan"""))
     assert done.returncode == 0, done.stderr
     order = list(said(done))
     assert order[0] == "seed_0/data" and order[-1] == "seed_0/last"
-    assert json.loads((house / "runs/a/config.json").read_text())["settings"]["TASK"] == "arithmetic"
+    config = json.loads((house / "runs/a/config.json").read_text())
+    assert config["settings"]["TASK"] == "arithmetic"
     assert os.listdir(house / "runs") == ["a"]

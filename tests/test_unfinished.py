@@ -8,7 +8,7 @@ from conftest import ROOT
 
 from core import sources, unfinished
 from core.records import InputError
-from core.unfinished import BatchLog, finished, partial_path
+from core.unfinished import BatchLog, claim, finished, partial_path
 
 SCRIPT = str(ROOT / "sft.py")
 
@@ -25,6 +25,7 @@ def files(tmp_path):
 def begin(out, data, model, **args):
     """Unfinished work for `out`, as a killed stage leaves it."""
     partial = partial_path(SCRIPT, out, {"lr": 1, "state_every": 5, **args}, [data, model])
+    claim(partial)
     partial.mkdir(exist_ok=True)
     return partial
 
@@ -78,16 +79,22 @@ def test_a_leftover_that_nothing_describes_is_removed(files, capsys):
 
 def test_nobody_works_on_what_another_process_is_making(files):
     out, data, model = files
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); from core.unfinished import partial_path;"
-            "partial_path(*sys.argv[2:4], {'lr': 1}, sys.argv[4:]); print('at work', flush=True);"
-            "sys.stdin.read()")
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); from core.unfinished import *;"
+            "claim(partial_path(*sys.argv[2:4], {'lr': 1}, sys.argv[4:]));"
+            "print('at work', flush=True); sys.stdin.read()")
     with subprocess.Popen([sys.executable, "-c", code, ROOT, SCRIPT, out, data, model], text=True,
                           stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == "at work\n"
-        with pytest.raises(InputError, match="another process is making it"):
+        with pytest.raises(InputError, match="another process is at work on it"):
             begin(*files)
         other.stdin.close()
     begin(*files)
+
+
+def test_bad_input_leaves_nothing(files):
+    out, data, model = files
+    partial_path(SCRIPT, out.parent / "new/folder/out", {}, [data])      # and then the data is bad
+    assert sorted(p.name for p in out.parent.iterdir()) == ["data.jsonl", "model"]
 
 
 def test_nothing_is_left_when_the_work_is_finished(files):
@@ -134,15 +141,16 @@ def test_a_large_file_is_known_by_size_and_time(tmp_path, monkeypatch):
     assert sources.fingerprint(path) != before
 
 
-def test_batch_log_keeps_whole_batches_only(tmp_path):
-    path = tmp_path / "log"
-    log = BatchLog(path, [2, 1, 3])
-    log.append([1, 2])
-    log.append([3])
-    with open(path, "a") as f:
-        f.write("4\n5")      # a kill inside the third batch, inside a line
-    again = BatchLog(path, [2, 1, 3])
-    assert (again.results, again.batches_done) == ([1, 2, 3], 2)
-    assert path.read_text() == "1\n2\n3\n"
-    again.append([4, 5, 6])
-    assert BatchLog(path, [2, 1, 3]).batches_done == 3
+# ---------------------------------------------------------------- batches
+@pytest.mark.parametrize("kept, batches", [(0, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 3)])
+def test_batch_log_drops_an_incomplete_batch(tmp_path, kept, batches):
+    sizes, path = [3, 2, 1], tmp_path / "log"
+    path.write_text("".join(f"[{i}]\n" for i in range(kept)) + "[9")     # the last line was cut
+    log = BatchLog(path, sizes)
+    whole = sum(sizes[:batches])
+    assert log.batches_done == batches and log.results == [[i] for i in range(whole)]
+    for size in sizes[batches:]:
+        log.append([["é"]] * size)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    assert [json.loads(line) for line in lines] == log.results
+    assert len(log.results) == 6 and BatchLog(path, sizes).batches_done == 3
