@@ -49,7 +49,7 @@ answer() {     # answer NAME DIR MODEL K FLAGS...: a model's test answers, grade
 retrain() {    # retrain NAME DIR LABELS: the strong base model on LABELS, and its test answers
   local k
   for ((k = 1; k <= RETRAINS; k++)); do
-    finetune "$1/train_$k" "$2/model_$k" $((seed + 1000 * (k - 1))) "$STRONG_MODEL" "$3" \
+    finetune "$1/train_$k" "$2/model_$k" $((seed + 1000 * (k - 1))) "$strong" "$3" \
       "$SFT_LR" --task "$TASK"
     answer "$1" "$2" "$2/model_$k" $k $LOADING
   done
@@ -68,7 +68,7 @@ next_policy() { # next_policy dpo|finetune FLAGS...: train $policy on, and answe
 cross_label() { # the round's proposals: a model of each half of $labels answers the other half
   local half
   for half in 1 2; do
-    finetune "$name/half_$half" "$dir/half_$half" "$seed" "$STRONG_MODEL" "$labels" "$SFT_LR" \
+    finetune "$name/half_$half" "$dir/half_$half" "$seed" "$strong" "$labels" "$SFT_LR" \
       --task "$TASK" --half $half --round $round
   done
   stage "$name/propose" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
@@ -98,8 +98,9 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
     --seed "$seed" "$@"
 }
 
-# ---------------------------------------------------------------- base models, where none is given
-if [ "$PRETRAIN" ] && { [ -z "$WEAK_MODEL" ] || [ -z "$STRONG_MODEL" ]; }; then
+# ---------------------------------------------------------------- base models: given or trained here
+weak=$WEAK_MODEL strong=$STRONG_MODEL
+if [ "$PRETRAIN" ] && { [ -z "$weak" ] || [ -z "$strong" ]; }; then
   recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)
   bases=$BASES/$TASK-${recipe%% *}       # another recipe is another folder
   stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" \
@@ -109,7 +110,7 @@ if [ "$PRETRAIN" ] && { [ -z "$WEAK_MODEL" ] || [ -z "$STRONG_MODEL" ]; }; then
       --tokenizer "$bases/corpora/tokenizer" --data "$bases/corpora/corpus_$base.jsonl" \
       --out "$bases/$base" $PRETRAINING --state-every "$STATE_EVERY"
   done
-  WEAK_MODEL=${WEAK_MODEL:-$bases/weak} STRONG_MODEL=${STRONG_MODEL:-$bases/strong}
+  weak=${weak:-$bases/weak} strong=${strong:-$bases/strong}
 fi
 
 for seed in $SEEDS; do
@@ -135,7 +136,7 @@ for seed in $SEEDS; do
   judge=$JUDGE told=''         # told: what tells a loss of the judge's errors
   if [ "$JUDGE" = trained ]; then
     judge=$run/judge/model
-    stage judge/train compare.py train --model "$WEAK_MODEL" --task "$TASK" \
+    stage judge/train compare.py train --model "$weak" --task "$TASK" \
       --gold "$data/gt.jsonl" --data "${samples[@]}" --out "$judge" --lr "$JUDGE_LR" \
       --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH" --optimizer "$JUDGE_OPTIMIZER" \
       --wrong-per-problem "$JUDGE_WRONG" --stop-accuracy "$JUDGE_ACCURACY" --seed "$seed" \

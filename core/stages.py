@@ -32,7 +32,7 @@ NEWS = ("note: ", "metrics: ")      # lines of a stage that are shown while it r
 # What a stage of several processes says itself, among torchrun's words: its one-line error, the end
 # of a trace, a signal.
 OWN_WORDS = re.compile(r"[a-z]+\.py: error: |[A-Za-z]+Error: |  traceback : Signal")
-TORCHRUN_CODE = re.compile(r"^ +exitcode +: (\d+)", re.M)
+BAD_INPUT = re.compile(r"^ +exitcode +: 2 ", re.M)       # in torchrun's words
 
 
 # ---------------------------------------------------------------- what runs have made
@@ -335,8 +335,8 @@ class Job:
 
     def status(self):
         """The exit code; torchrun's own is always 1."""
-        code = TORCHRUN_CODE.search(read_all(self.err)) if os.environ["NPROC"] != "1" else None
-        return 2 if code and code[1] == "2" else self.poll()
+        several = os.environ["NPROC"] != "1"
+        return 2 if several and BAD_INPUT.search(read_all(self.err)) else self.poll()
 
 
 def read_all(file):

@@ -1,4 +1,4 @@
-# Sourced by run_ilr.sh: steps that only some settings ask for. They use its $seed, $run, $data.
+# Sourced by run_ilr.sh: steps that only some settings ask for. They use its $seed, $run, $weak, ...
 
 accept=ilr     # the rule of refine.py by which a proposal replaces its label
 [ "$JUDGE" != oracle ] || accept=oracle
@@ -6,7 +6,7 @@ accept=ilr     # the rule of refine.py by which a proposal replaces its label
 wants() { case " $METHODS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
 weak_sft() {   # weak_sft NAME OUT RECORDS: SFT of the weak base model, with its checkpoints
-  stage "$1" sft.py --model "$WEAK_MODEL" --data "$3" --out "$2" --seed "$seed" --lr "$WEAK_LR" \
+  stage "$1" sft.py --model "$weak" --data "$3" --out "$2" --seed "$seed" --lr "$WEAK_LR" \
     --epochs "$WEAK_EPOCHS" --batch-size "$WEAK_BATCH" --lora-rank "$LORA_RANK" \
     --save-at $(printf '0.%02d ' $CHECKPOINTS) $TRAINING
 }

@@ -215,6 +215,7 @@ def test_every_real_prompt_fits_its_token_limit():
 
 
 @pytest.mark.skipif(not (SHARED / "bird/test.jsonl").exists(), reason="needs the BIRD problems")
+@pytest.mark.slow
 def test_the_chain_on_64_real_problems(tmp_path):
     """Every stage of `run_ilr.sh bird` with the tiny base models of another test.
 

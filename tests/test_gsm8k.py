@@ -117,13 +117,15 @@ def test_real_gold_answers_are_right_and_their_neighbours_wrong(tmp_path):
 
 
 @real
+@pytest.mark.slow
 def test_the_chain_on_64_real_problems(tmp_path):
     """Every stage of `run_ilr.sh gsm8k`, beams included, with the tiny base models of another test.
     """
     base, = (finished_run()[1]).iterdir()
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=DATA, TRAIN=64, GT=32,
-                TEST=8, ROUNDS=1, JOBS=2, WEAK_MODEL=base / "weak", STRONG_MODEL=base / "strong",
-                PACKING="--row-tokens 512 --micro-tokens 2048", WEAK_LR="3e-3", WEAK_EPOCHS=60,
+                TEST=8, ROUNDS=1, CHECKPOINTS="50 90", WEAK_MODEL=base / "weak",
+                STRONG_MODEL=base / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=60,
+                PACKING="--row-tokens 512 --micro-tokens 2048",
                 WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=8, SFT_BATCH=8, JUDGE_LR="1e-3",
                 JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -629,6 +629,7 @@ def test_files_of_the_real_problems(server, tmp_path, monkeypatch):
 
 
 @real
+@pytest.mark.slow
 def test_the_chain_on_64_real_problems(server, tmp_path):
     """Every stage of `run_ilr.sh saferpaca`, with the tiny base models of another test, graded by
     a server of this one."""

@@ -25,6 +25,8 @@ from core.records import InputError, write_jsonl
 from core.training import Training
 from core.unfinished import BatchLog
 
+pytestmark = pytest.mark.slow
+
 STAGES = {"sft": sft, "dpo": dpo, "compare": compare, "generate": generate}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}

@@ -103,6 +103,14 @@ def test_a_plan_runs_once(made):
     assert everything(run) == before
 
 
+def test_one_job_takes_the_order_of_the_plan(house, made):
+    done = call(house, out="runs/b", JOBS=1)
+    assert list(said(done)) == ["seed_0/data", "seed_0/gt/grade", "seed_0/clean"]
+    a, b = (everything(house / "runs" / name) for name in "ab")
+    assert {n: c for n, c in a.items() if n.startswith("seed_")} == {
+        n: c for n, c in b.items() if n.startswith("seed_")}
+
+
 def test_what_is_missing_is_made_again(made):
     before = everything(made / "runs/a")
     shutil.rmtree(made / "runs/a/seed_0/clean")
