@@ -4,8 +4,8 @@
         --data samples_1.jsonl samples_2.jsonl --gold gt.jsonl --out judge
     python compare.py score --judge judge --task arithmetic \\
         --a labels.jsonl --b proposals.jsonl --out comparisons.jsonl
-    python compare.py score --judge judge --task arithmetic \\
-        --a samples.jsonl --out pairs.jsonl         # a prompt's samples 0 and 1, 2 and 3, ...
+
+Without --b, score pairs the samples 0 and 1, 2 and 3, ... of each prompt in --a.
 
 train: samples of the weak model's checkpoints, earliest first, on problems with known references
 -> a judge folder. A copy of the weak model with a 2-way head reads prompt, A and B, in both
@@ -22,12 +22,11 @@ not the reported ones, no problem is on both sides of a split, pairs are packed 
 one at a time, and nothing is pickled.
 """
 import math
-import statistics
 
 from core import judge
 from core.cli import make_parser, positive, rate, run_stage, share, short, whole
 from core.distributed import first, rank, shard, summed, world
-from core.embeddings import embed
+from core.embeddings import alike
 from core.endpoint import Endpoint, is_url
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, save_model
@@ -165,23 +164,15 @@ def read_rows(args, task):
 
 
 def agreements(args, task, pairs):
-    """Whether the two records of each pair give the same answer.
-
-    By the task's rule. Where it has none: if the texts are equal, or the cosine of their
-    embeddings is above the median pair's (the release's experiments/ilr.py).
-    """
+    """Whether the two records of each pair give the same answer, by the task's rule if it has one,
+    else by their embeddings."""
     def by_rule():
         warm(task, *zip(*pairs, strict=True))
         return [task.agree(a, b) for a, b in pairs]
     # ABLATION: which pairs count as agreeing, and are not asked
     if hasattr(task, "agree"):
         return first(by_rule)
-    import torch
-    pairs = [(a["completion"], b["completion"]) for a, b in pairs]
-    vectors = embed(args.embedder, sorted({text for pair in pairs for text in pair}), args.device)
-    alike = [torch.cosine_similarity(vectors[a], vectors[b], dim=0).item() for a, b in pairs]
-    median = statistics.median(alike)
-    return first(lambda: [a == b or x > median for (a, b), x in zip(pairs, alike, strict=True)])
+    return alike(args.embedder, [[r["completion"] for r in pair] for pair in pairs], args.device)
 
 
 def ask_oracle(task, rows):

@@ -15,14 +15,13 @@ adding a function and its row.
 Unlike the paper's release: a loop of its own instead of TRL's trainer, and the two judge prompts
 behind a pair really differ.
 """
-import json
 import math
 from collections import namedtuple
-from pathlib import Path
 
 from core.adapters import add_lora
 from core.cli import amount, bounded, make_parser, positive, rate, run_stage, short
 from core.distributed import shard, summed
+from core.judge import held_out_error
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, save_model
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
@@ -137,24 +136,10 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 
 def noise_rate(args):
-    """--noise, else the share of its held-out pairs that --judge got wrong; 0 if it is not read.
-
-    Raises InputError for what is no judge folder, and for a judge no better than a coin.
-    """
+    """--noise, else the share of its held-out pairs that --judge got wrong; 0 if it is not read."""
     if not LOSSES[args.loss].noise:
         return 0.0
-    if args.noise is not None:
-        return args.noise
-    try:
-        about = json.loads((Path(args.judge) / "judge.json").read_text())
-        accuracy = float(about["held_out_accuracy"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"--judge {args.judge}: not a folder that `compare.py train` "
-                         "wrote") from None
-    if not 0.5 < accuracy <= 1:
-        raise InputError(f"--judge {args.judge}: right on {accuracy:.1%} of its held-out pairs, "
-                         f"no better than a coin: no noise rate for {args.loss}")
-    return 1 - accuracy
+    return held_out_error(args.judge) if args.noise is None else args.noise
 
 
 # ---------------------------------------------------------------- the stage
@@ -292,9 +277,8 @@ def parser():
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--loss", default="sigmoid", choices=list(LOSSES),
                    help="preference loss; each one's equation is at its function")
-    betas = [f"{loss.beta:g} for {k}" for k, loss in LOSSES.items() if loss.beta]
     p.add_argument("--beta", type=rate, help="strength of the pull towards the reference "
-                   f"(default: {', '.join(betas)})")
+                   "(default: the loss's own, 0.1 for DPO)")
     noisy = " and ".join(name for name, loss in LOSSES.items() if loss.noise)
     p.add_argument("--noise", type=bounded(float, 0, math.nextafter(0.5, 0), "a share below 0.5"),
                    help=f"for {noisy}: share of the pairs that are the wrong way round")

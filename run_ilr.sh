@@ -98,7 +98,7 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
     --seed "$seed" "$@"
 }
 
-# ---------------------------------------------------------------- base models: given or trained here
+# ---------------------------------------------------------------- base models, given or made here
 weak=$WEAK_MODEL strong=$STRONG_MODEL
 if [ "$PRETRAIN" ] && { [ -z "$weak" ] || [ -z "$strong" ]; }; then
   recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)

@@ -1,5 +1,6 @@
 """How similar two texts are: embeddings of a local model or of an endpoint."""
 import os
+import statistics
 
 from core.distributed import first
 from core.endpoint import Endpoint, is_url
@@ -37,3 +38,13 @@ def embed(embedder, texts, device):
         mask = batch["attention_mask"][..., None]
         found.update(zip(block, ((hidden * mask).sum(1) / mask.sum(1)).cpu(), strict=True))
     return found
+
+
+def alike(embedder, pairs, device):
+    """Whether the two texts of each pair are equal, or the cosine of their embeddings is above the
+    median pair's (the release's experiments/ilr.py)."""
+    import torch
+    vectors = embed(embedder, sorted({text for pair in pairs for text in pair}), device)
+    cosines = [torch.cosine_similarity(vectors[a], vectors[b], dim=0).item() for a, b in pairs]
+    median = statistics.median(cosines)
+    return first(lambda: [a == b or x > median for (a, b), x in zip(pairs, cosines, strict=True)])

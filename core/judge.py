@@ -1,4 +1,5 @@
 """The judge: what it reads, what it learns from, how it answers, and what is measured of it."""
+import json
 import math
 import random
 from pathlib import Path
@@ -321,3 +322,20 @@ def describe(result):
         said += (f", accuracy {result['accuracy']:.1%} on the {result['decisive']} with one "
                  "right side")
     return said
+
+
+def held_out_error(folder):
+    """The share of its held-out pairs that a trained judge got wrong.
+
+    Raises InputError for what is no judge folder, and for a judge no better than a coin.
+    """
+    try:
+        about = json.loads((Path(folder) / "judge.json").read_text())
+        accuracy = float(about["held_out_accuracy"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"--judge {folder}: not a folder that `compare.py train` "
+                         "wrote") from None
+    if not 0.5 < accuracy <= 1:
+        raise InputError(f"--judge {folder}: right on {accuracy:.1%} of its held-out pairs, "
+                         "no better than a coin: no noise rate")
+    return 1 - accuracy

@@ -14,6 +14,8 @@ from core import settings
 from core.records import InputError
 from core.sources import fingerprint, sources_of
 
+# Endings of the ILR_* variables, which stages read, that change no result.
+NO_MATTER = ("_KEY", "_CACHE", "_CONCURRENCY")
 LIGHT = ("refine.py", "evaluate.py", "tasks/", "baselines/")       # scripts that need no model
 
 
@@ -65,6 +67,8 @@ class Stage:
             else:
                 flag = flag if arguments else "words"
                 arguments[flag] = f"{arguments.get(flag, '')} {portable(word)}".strip()
+        arguments.update({name: value for name, value in sorted(os.environ.items())
+                          if name.startswith("ILR_") and not name.endswith(NO_MATTER)})
         if not self.light:
             arguments["threads"] = os.environ["THREADS"]
             arguments["processes"] = "one" if os.environ["NPROC"] == "1" else "several"
