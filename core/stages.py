@@ -134,6 +134,7 @@ class Run:
         self.made = Made(str(self.out))
         self.undisturbed = not self.made.rows
         self.source = Made(os.environ["FROM"]) if os.environ["FROM"] else None
+        self.own = set()        # stages that are not taken over
         self.on_terminal = sys.stderr.isatty()
         self.locks = []
 
@@ -213,7 +214,7 @@ class Run:
 
     def taken_over(self, stage):
         row = self.source and self.source.rows.get(stage.name)
-        if not row or not stage.outs or not below(stage.outs[0], str(self.out)):
+        if not row or stage in self.own or not below(stage.outs[0], str(self.out)):
             return False
         work = stage.work(stage.inputs())
         why = changes(row, work)
@@ -221,6 +222,7 @@ class Run:
             why = "its files are gone"
         if why:
             self.say(f"note: {stage.name} is not taken over: {why}")
+            self.own.add(stage)
             return False
         take_over(stage, self.source)
         self.record({**row, "from": self.source.run})

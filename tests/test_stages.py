@@ -44,6 +44,11 @@ if __name__ == "__main__":
     run_stage(parser(), main)
 """
 
+# What another script does instead of never ending.
+TOUCH = """time.sleep(0.3)
+    from core.records import write_text
+    write_text(args.out, "")"""
+
 
 def house_in(folder):
     """A copy of the project."""
@@ -174,7 +179,7 @@ def test_an_edited_stage_runs_again_and_nothing_else(made):
     done = call(made, out="runs/b", FROM="runs/a")
     assert said(done) == {"seed_0/data": "taken over from runs/a",
                           "seed_0/gt/grade": "taken over from runs/a", "seed_0/clean": "ran"}
-    assert "note: seed_0/clean is not taken over: refine.py has changed" in done.stdout
+    assert done.stdout.count("note: seed_0/clean is not taken over: refine.py has changed") == 1
     assert rows(made / "runs/b/seed_0/clean/labels.jsonl") == rows(
         made / "runs/a/seed_0/clean/labels.jsonl")
 
@@ -245,6 +250,19 @@ def test_dry_run_says_what_would_be_taken_over(made):
                            "# [3/3] seed_0/clean: would run: refine.py has changed"]
     assert all(" --out runs/b/seed_0/" in line for line in lines[1::2])
     assert call(made, "--dry-run").stdout.splitlines()[0] == "# [1/3] seed_0/data: complete"
+
+
+def test_a_stage_that_waits_for_a_slot_is_looked_at_once(house):
+    """Model stages that cannot be taken over and have to wait say so one time only."""
+    (house / "quick.py").write_text(SLOW.replace("time.sleep(120)", TOUCH).replace(
+        'p.add_argument("--out")', 'p.add_argument("--out")\n    p.add_argument("--n")'))
+    plan = "".join(f'stage s{k} quick.py --out "$OUT/seed_0/s{k}" --n $N\n' for k in range(3))
+    (house / "small.sh").write_text(HEAD + plan + "run_plan\n")
+    assert call(house, N=1).returncode == 0
+    done = call(house, out="runs/b", FROM="runs/a", N=2, JOBS=2)
+    assert done.returncode == 0, done.stderr
+    assert [done.stdout.count(f"s{k} is not taken over: --n was 1, is 2") for k in range(3)] == [
+        1, 1, 1]
 
 
 # ---------------------------------------------------------------- failing
