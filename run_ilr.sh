@@ -11,7 +11,7 @@
 # `stage NAME COMMAND` puts a command on the plan. The last line of this file runs the plan:
 # a stage starts when the files that it reads are there, JOBS model stages side by side.
 set -euo pipefail
-caller=$PWD here=$(cd "$(dirname "$0")" && pwd)
+caller=$PWD here=$(CDPATH="" cd "$(dirname "$0")" && pwd)
 . "$here/core/stages.sh"       # the settings of presets/, their checks, and `stage`
 . "$here/core/steps.sh"        # steps that only some settings ask for
 

@@ -69,7 +69,7 @@ def load(name):
 
 def names():
     """The methods that have a file here, in alphabetical order."""
-    found = sorted(p.stem.replace("_", "-") for p in HERE.glob("[!_]*.py"))
+    found = sorted(p.stem.replace("_", "-") for p in HERE.glob("[a-z]*.py"))
     return [name for name in found if hasattr(load(name), "ROUND")]
 
 

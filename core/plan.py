@@ -34,8 +34,7 @@ class Stage:
         self.needs_model = not self.light and not (
             self.script == "compare.py" and judge.startswith(("oracle", "human", "http")))
         self.task = getattr(args, "task", None)
-        self.reads = [w for w in words[1:] if ("/" in w or w.endswith(".jsonl"))
-                      and w not in self.outs and "://" not in w]
+        self.reads = [path for path in paths_of(args) if path not in self.outs]
         if hasattr(args, "method") and self.script.startswith("baselines/"):
             module = importlib.import_module("baselines").load(args.method)
             if hasattr(module, "reads"):
@@ -74,6 +73,16 @@ class Stage:
             arguments["processes"] = "one" if os.environ["NPROC"] == "1" else "several"
         return {"arguments": arguments, "versions": {} if self.light else settings.versions(),
                 "sources": sources_of(self.script, self.task), "inputs": inputs}
+
+
+def paths_of(args):
+    """The values of a command's arguments that are paths: by a slash, or by a file that is there."""
+    values = []
+    for name, value in vars(args).items():
+        if name not in ("task", "command", "method", "source"):
+            values += value if isinstance(value, list) else [value]
+    return [value for value in values if isinstance(value, str) and "://" not in value
+            and ("/" in value or value.endswith(".jsonl") or os.path.exists(value))]
 
 
 def parsed(name, words):

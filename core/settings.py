@@ -28,12 +28,13 @@ PAPER = ("ilr", "dpo", "naive")     # methods of run_ilr.sh; the others are file
 URL = r"https?://[^/@?#\s]+(/[^@?#\s]*)?"
 COUNT = (r"[1-9][0-9]*", "a whole number above 0")
 WHOLE = (r"0|[1-9][0-9]*", "a whole number")
-SHARE = (r"0(\.[0-9]+)?|1(\.0+)?", "a share between 0 and 1")
+SHARE = (r"0|0?\.[0-9]*[1-9][0-9]*|1(\.0+)?", "a share between 0 and 1")
 NUMBER = (r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", "a number")
 POSITIVE = r"[0-9]*\.?[0-9]*[1-9][0-9]*"
 SWITCH = (r"[01]", "0 or 1")
 KINDS = {
-    "SEEDS": (r"[0-9]+(\s+[0-9]+)*", "whole numbers with spaces between"),
+    "SEEDS": (rf"({WHOLE[0]})(\s+({WHOLE[0]}))*", "whole numbers with spaces between"),
+    "DPO_SAMPLES": (r"[2468]|[1-9][0-9]*[02468]", "an even number above 0"),
     "CHECKPOINTS": (r"[1-9]?[0-9](\s+[1-9]?[0-9])*", "percents below 100, ascending"),
     "JUDGE": (rf"trained|oracle|human|{URL}",
               "trained, oracle, human or a URL without a user or a key in it"),
@@ -44,8 +45,8 @@ KINDS = {
     "LABEL_NOISE": (rf"({SHARE[0]})?", "a share between 0 and 1, or nothing"),
     "ILR_JUDGE_URL": (f"({URL})?", "a URL without a user or a key in it"),
     **dict.fromkeys("ROUNDS RETRAINS THREADS NPROC TRAIN TEST WEAK_EPOCHS WEAK_BATCH SFT_EPOCHS "
-                    "SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS DPO_BATCH "
-                    "DPO_SAMPLES".split(), COUNT),
+                    "SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS "
+                    "DPO_BATCH".split(), COUNT),
     **dict.fromkeys("ALPHA DPO_ALPHA WEAK_ACCURACY JUDGE_ACCURACY JUDGE_FLIPS".split(), SHARE),
     **dict.fromkeys("DPO_NLL WEAK_LR SFT_LR JUDGE_LR CHOSEN_LR DPO_LR STATE_EVERY "
                     "DPO_TEMPERATURE".split(), NUMBER),
@@ -79,11 +80,14 @@ def reads(preset):
 def methods():
     """{method: {constant: value}} of the files of baselines/ that say what a round is."""
     found = {}
-    for path in sorted((ROOT / "baselines").glob("[!_]*.py")):
-        constants = {}
-        for node in ast.parse(path.read_bytes()).body:
-            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-                constants[node.targets[0].id] = node.value.value
+    for path in sorted((ROOT / "baselines").glob("[a-z]*.py")):
+        try:
+            body = ast.parse(path.read_bytes()).body
+        except (OSError, SyntaxError, ValueError) as e:
+            raise InputError(f"baselines/{path.name}: not Python ({e})") from None
+        constants = {node.targets[0].id: node.value.value for node in body
+                     if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+                     and isinstance(node.targets[0], ast.Name)}
         if "ROUND" in constants:
             found[path.stem.replace("_", "-")] = constants
     return found
@@ -106,17 +110,26 @@ def near_misses(names):
         for word in {name, *edits(name)}:
             short.setdefault(word, name)
     for word in os.environ:
-        if word in names or len(word) < 4 or not word.isidentifier():
+        if word in names or not re.fullmatch("[A-Za-z_]{4,}", word):
             continue
-        meant = next((short[w] for w in (word.upper(), *edits(word.upper())) if w in short), None)
-        if meant and len(meant) >= 4:
-            raise InputError(f"{word} is no setting; {meant} is")
+        loud = word.upper()
+        meant = next((short[w] for w in (loud, *edits(loud)) if w in short), None)
+        if not meant or len(meant) < 4 or (word != loud and len(meant) < 5):
+            continue
+        if len(meant) > 4 or loud in (f"{meant}S", meant[:-1]):      # of TEST, TESTS and not REST
+            raise InputError(f"{word} is no setting; {meant} is. Unset it if it is not for this")
 
 
 def check(preset):
     """Refuse a setting that is mistyped or cannot work with the others, by name."""
     now, known = settings(preset), methods()
     near_misses([*meanings(preset), "TASK"])
+    for name in ("OUT", "FROM", "BASES"):
+        if "\n" in os.environ[name] or (os.path.exists(os.environ[name])
+                                        and not os.path.isdir(os.environ[name])):
+            refuse(name, os.environ[name], "a folder")
+    if len(set(now["SEEDS"].split())) < len(now["SEEDS"].split()):
+        refuse("SEEDS", now["SEEDS"], "each seed once")
     for name, value in now.items():
         regex, expected = KINDS.get(name, ("", ""))
         if regex and not re.fullmatch(regex, value):
@@ -180,18 +193,21 @@ def show(preset):
 # ---------------------------------------------------------------- config.json
 def configuration(preset):
     """What config.json says of a run: settings, versions, commit."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"],
-                         capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True,
+                             text=True).stdout.strip()
+    except OSError:     # no git here
+        git = ""
     values = {k: v for k, v in settings(preset).items() if k not in OF_THE_MACHINE}
     if os.environ["NPROC"] != "1":      # a run folder is of one process or of several
         values["PROCESSES"] = "several"
-    return {"settings": values, "commit": git.stdout.strip() or None, "versions": versions()}
+    return {"settings": values, "commit": git or None, "versions": versions()}
 
 
 @functools.cache
 def versions():
     """{library: version} of what computes the results."""
-    names = ("torch", "transformers", "tokenizers", "numpy")
+    names = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy")
     return {"python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in names}}
 

@@ -9,7 +9,8 @@ import hashlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGE = 256 << 20       # bytes; a larger file counts with its size and time in place of its content
+LARGE = 256 << 20       # bytes; of a larger file, blocks all over it stand for its content
+BLOCKS, BLOCK = 256, 1 << 16        # how many, and their size
 REPORT = "report"       # this package only reads what a run has made: no result depends on it
 
 
@@ -20,9 +21,11 @@ def imports_of(path):
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[:-node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
             # `from a import b`: b may be a module of the package a
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
         else:
             continue
         for name in names:
@@ -36,18 +39,19 @@ def imports_of(path):
 
 
 def sources_of(script, task=None):
-    """{path below the project's folder: digest} of a script, all that it imports, and its task.
+    """{path below the project's folder: digest} of a script, all that it imports, and its task
+    with the data that lies beside it (tasks/NAME.json, tasks/NAME_words.txt).
 
     The digest is the first 12 hex digits of the file's SHA-256. `report/` is left out.
     """
     waiting, seen = [Path(script).resolve()], set()
     if task:
-        waiting.append(ROOT / "tasks" / f"{task}.py")
+        waiting += (ROOT / "tasks").glob(f"{task}[._]*")
     while waiting:
         path = waiting.pop()
         if path not in seen and path.is_file():
             seen.add(path)
-            waiting += imports_of(path)
+            waiting += imports_of(path) if path.suffix == ".py" else []
     return {str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path):
             hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(seen)}
 
@@ -60,13 +64,20 @@ def fingerprint(path):
     for file in files:
         if not file.is_file():
             continue
-        any_file, stat = True, file.stat()
-        digest.update(f"{file.relative_to(path)}\0{stat.st_size}\0".encode())
-        if stat.st_size > LARGE:
-            digest.update(str(stat.st_mtime_ns).encode())
-        else:
-            digest.update(file.read_bytes())
+        any_file, size = True, file.stat().st_size
+        digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
+        with open(file, "rb") as f:
+            if size <= LARGE:
+                digest.update(f.read())
+            for k in range(BLOCKS if size > LARGE else 0):
+                f.seek(k * max(0, size - BLOCK) // (BLOCKS - 1))
+                digest.update(f.read(BLOCK))
     return digest.hexdigest()[:12] if any_file else ""
+
+
+def brief(value):
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def changes(before, now):
@@ -82,7 +93,7 @@ def changes(before, now):
             if old.get(name) == new.get(name):
                 continue
             if kind in ("arguments", "versions"):
-                said.append(f"{name} was {old.get(name)}, is {new.get(name)}")
+                said.append(f"{name} was {brief(old.get(name))}, is {brief(new.get(name))}")
             elif kind == "sources" and name not in new:
                 said.append(f"{name} is imported no more")
             else:

@@ -24,7 +24,8 @@ from pathlib import Path
 from core import settings
 from core.plan import below, portable, read_plan, there
 from core.records import InputError, dumps, write_json, write_jsonl
-from core.sources import changes
+from core.sources import changes, fingerprint
+from core.unfinished import remove
 
 SIDES = (".price", ".summary")      # what stands beside a file that a stage writes
 LARGE = 1 << 20                     # bytes; a larger file is taken over by a hard link
@@ -43,11 +44,12 @@ class Made:
         self.run = run
         self.path = Path(run) / "stages.jsonl"
         self.rows, self.torn = {}, False
-        for line in self.path.read_text(encoding="utf-8").splitlines() if there(self.path) else []:
+        text = self.path.read_text("utf-8", "replace") if there(self.path) else ""
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
                 self.rows[row["stage"]] = row
-            except ValueError:      # a full disk or a kill has cut it
+            except (ValueError, TypeError, KeyError):       # a full disk or a kill has cut it
                 self.torn = True
 
     def place(self, path):
@@ -56,20 +58,25 @@ class Made:
 
 
 def stale(stages, made):
-    """Completed stages of this run folder whose command or source is another one now.
+    """{stage: why} of the stages of this run folder that have to be made again: what evaluate.py
+    made with other source, and what was cut off between its files.
 
-    What only grades is made again. Anything else: InputError, which says how to go on.
+    Another stage whose command or source is another one now: InputError, which says how to go on.
     """
-    again, refused = [], []
+    again, refused = {}, []
     for stage in stages:
         row = made.rows.get(stage.name)
-        if row and stage.complete() and "arguments" in row:
-            now = stage.work(row["inputs"])
-            why = changes(row, now)
-            if why and stage.script == "evaluate.py" and row["arguments"] == now["arguments"]:
-                again.append(stage)
-            elif why:
-                refused.append(f"{stage.name} ({why})")
+        if not row or "arguments" not in row or not any(there(out) for out in stage.outs):
+            continue
+        now = stage.work(row["inputs"])
+        why = changes(row, now)
+        if not why:
+            continue
+        grades = stage.script == "evaluate.py" and row["arguments"] == now["arguments"]
+        if grades or not stage.complete():
+            again[stage] = why
+        else:
+            refused.append(f"{stage.name} ({why})")
     if refused:
         more = f" and {len(refused) - 1} more stages" if refused[1:] else ""
         out = os.environ["OUT"]
@@ -83,6 +90,7 @@ def take_over(stage, source):
     for out in stage.outs:
         old = source.place(out)
         for side in SIDES:
+            remove(out + side)
             if there(old + side):
                 bring(old + side, out + side)
         bring(old, out)
@@ -99,7 +107,7 @@ def bring(old, new):
     new = Path(new)
     if there(new):
         return
-    partial = new.with_name(f".{new.name}.partial")
+    partial = new.with_name(f".{new.name}.taking")
     new.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
     if os.path.islink(old):
@@ -109,14 +117,6 @@ def bring(old, new):
     else:
         copy(old, partial)
     partial.replace(new)
-
-
-def remove(path):
-    path = Path(path)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- running
@@ -134,6 +134,7 @@ class Run:
         self.made = Made(str(self.out))
         self.undisturbed = not self.made.rows
         self.source = Made(os.environ["FROM"]) if os.environ["FROM"] else None
+        self.before = {}        # stages that are made again -> digests of what they had made
         self.own = set()        # stages that are not taken over
         self.on_terminal = sys.stderr.isatty()
         self.locks = []
@@ -174,10 +175,9 @@ class Run:
         config = settings.check_config(self.out, now)
         again = stale(self.stages, self.made)
         write_json(self.out / "config.json", config)
-        for stage in again:
-            row = self.made.rows[stage.name]
-            why = changes(row, stage.work(row["inputs"]))
+        for stage, why in again.items():
             self.say(f"note: {stage.name} is made again: {why}")
+            self.before[stage] = [fingerprint(out) for out in stage.outs]
             for out in stage.outs:
                 remove(out)
 
@@ -191,6 +191,7 @@ class Run:
         """Start or finish what can be. Returns whether anything is left."""
         for stage in self.ready():
             if stage.complete():
+                self.check_inputs(stage)
                 self.announce(stage, ": complete")
             elif self.taken_over(stage):
                 pass
@@ -207,6 +208,14 @@ class Run:
                 self.end(stage, job)
         return bool(self.waiting or self.running)
 
+    def check_inputs(self, stage):
+        """Refuse what is complete and was made from other files than there are now."""
+        inputs = self.made.rows.get(stage.name, {}).get("inputs")
+        why = inputs is not None and changes({"inputs": inputs}, {"inputs": stage.inputs()})
+        if why:
+            raise InputError(f"{stage.name} was made from other files: {why}. Delete "
+                             f"{' '.join(stage.outs)} to make it again, or restore them")
+
     def has_room(self, stage):
         if self.jobs == 1:      # strictly one after the other
             return not self.running
@@ -214,7 +223,9 @@ class Run:
 
     def taken_over(self, stage):
         row = self.source and self.source.rows.get(stage.name)
-        if not row or stage in self.own or not below(stage.outs[0], str(self.out)):
+        if not row or "seconds" not in row or stage in self.own:
+            return False
+        if not below(stage.outs[0], str(self.out)):     # base models are kept where they are
             return False
         work = stage.work(stage.inputs())
         why = changes(row, work)
@@ -225,6 +236,7 @@ class Run:
             self.own.add(stage)
             return False
         take_over(stage, self.source)
+        self.undisturbed = False
         self.record({**row, "from": self.source.run})
         self.announce(stage, f": taken over from {self.source.run}")
         return True
@@ -234,7 +246,9 @@ class Run:
             self.tidy()
         slot = 0 if stage.light else self.slots.pop(0)
         self.announce(stage)
-        self.running[stage] = Job(self, stage, slot)
+        self.running[stage] = job = Job(self, stage, slot)
+        if stage.outs:      # what it is, should it outlive this process
+            self.record({"stage": stage.name, "begun": True, **job.work})
 
     def end(self, stage, job):
         if job.slot:
@@ -251,6 +265,12 @@ class Run:
             raise Failure(stage, job)
         if stage.script.startswith("tasks/"):
             os.replace(job.folder, stage.outs[0])
+            job.work = stage.work(stage.inputs())       # it may have filled its own --data-dir
+        now = [fingerprint(out) for out in stage.outs]
+        if self.before.get(stage, now) != now and any(stage in s.needs and s.complete()
+                                                      for s in self.stages):
+            raise InputError(f"{stage.name} comes out otherwise than what {self.out} was made "
+                             f"from: FROM={self.out} OUT={self.out}_2 bash run_ilr.sh")
         if stage.outs:
             self.record({"stage": stage.name, "seconds": round(job.seconds(), 1),
                          "outs": [portable(out).removeprefix("OUT/") for out in stage.outs],
@@ -282,7 +302,7 @@ class Run:
         if self.undisturbed:
             self.record({"stage": "whole run", "seconds": int(time.monotonic() - self.began)})
             self.undisturbed = False
-        for pattern in (".*.partial", ".*.partial.json", ".*.writing"):
+        for pattern in (".*.partial", ".*.partial.json", ".*.writing", ".*.taking"):
             for path in list(self.out.rglob(pattern)):
                 remove(path)
 
@@ -338,7 +358,16 @@ class Job:
     def status(self):
         """The exit code; torchrun's own is always 1."""
         several = os.environ["NPROC"] != "1"
-        return 2 if several and BAD_INPUT.search(read_all(self.err)) else self.poll()
+        if several and BAD_INPUT.search(read_all(self.err)):
+            return 2
+        return self.poll() if self.poll() >= 0 else 1
+
+    def ending(self):
+        """How it ended, in words."""
+        code = self.poll()
+        if code >= 0:
+            return f"failed (exit {self.status()})"
+        return f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
 
 
 def read_all(file):
@@ -373,15 +402,19 @@ def launcher(stage):
 def dry_run(stages):
     """Print every stage's name and command; with FROM, whether it would be taken over."""
     made, source = Made(os.environ["OUT"]), None
+    settings.check_config(os.environ["OUT"], settings.configuration(os.environ["PRESET"]))
+    again = stale(stages, made)
     if os.environ["FROM"]:
         source = Made(os.environ["FROM"])
     settled = {}        # path -> where its content is found now
     for stage in stages:
         what = ""
-        if stage.complete():
+        if stage in again:
+            what = f": would be made again: {again[stage]}"
+        elif stage.complete():
             what = ": complete"
             settled.update({out: out for out in stage.outs})
-        elif source and stage.outs:
+        elif source and stage.outs and below(stage.outs[0], os.environ["OUT"]):
             what = f": {would_be(stage, source, made, settled)}"
         print(f"# [{stage.index + 1}/{len(stages)}] {stage.name}{what}")
         print(shlex.join([*launcher(stage), *stage.words]))
@@ -389,7 +422,7 @@ def dry_run(stages):
 
 def would_be(stage, source, made, settled):
     row = source.rows.get(stage.name)
-    if not row:
+    if not row or "seconds" not in row:
         return f"new, {source.run} has no such stage"
 
     def place(path):
@@ -411,7 +444,7 @@ def would_be(stage, source, made, settled):
 def execute(stages):
     run, interrupted = Run(stages), []
     # only noted: an exception in the midst of starting a process would lose it
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: interrupted.append(True))
     try:
         run.start()
@@ -423,11 +456,16 @@ def execute(stages):
         run.tidy()
     except Failure as failure:
         job, status = failure.job, failure.job.status()
-        if not run.on_terminal:
+        if not run.on_terminal and not interrupted:
             print("\n".join(job.errors()), file=sys.stderr)
         run.stop()
         again = "" if status == 2 else "; the same command continues from here"
-        return settings.fail(f"stage {failure.stage.name} failed (exit {status}){again}", status)
+        if interrupted or status == 130:
+            return settings.fail(f"interrupted{again}", 130)
+        return settings.fail(f"stage {failure.stage.name} {job.ending()}{again}", status)
+    except BaseException:
+        run.stop()
+        raise
     seconds = int(time.monotonic() - run.began)
     run.say(f"done in {seconds // 60} min {seconds % 60} s: {run.out}/report.md")
     return 0

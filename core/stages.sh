@@ -33,7 +33,9 @@ case $PYTHON in
   /*) ;;
   */*) PYTHON=$caller/$PYTHON ;;       # paths are relative to this folder, but for the interpreter
 esac
-OUT=${OUT%/} FROM=${FROM%/} BASES=${BASES%/}
+plain() { printf '%s' "$1" | sed -e 's|/\./|/|g' -e 's|//*|/|g' -e 's|^\./||' -e 's|\(.\)/$|\1|'; }
+OUT=$(plain "$OUT") FROM=$(plain "$FROM") BASES=$(plain "$BASES")
+[ "$OUT" != . ] || OUT=$here
 set +a
 command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON': expected a Python interpreter"
 if [ $ACTION = help ]; then

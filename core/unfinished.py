@@ -49,7 +49,7 @@ def _partial_path(script, out, args, inputs):
         if before != begun[partial] and os.path.lexists(partial):
             why = changes(before, begun[partial]) or "nothing says what it was"
             print(f"note: {out}: unfinished work is not continued, and removed: {why}")
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            remove(partial)
     return partial
 
 
@@ -61,9 +61,19 @@ def claim(path):
         return
     file = lock(partial)
     if read_description(file) != begun[partial]:
+        remove(partial)     # another command began and ended while this one was starting
         file.truncate(0)
         file.write(json.dumps(begun[partial]))
         file.flush()
+
+
+def remove(path):
+    """Delete a file, a link or a folder, if it is there."""
+    path = Path(path)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def finished(partial):

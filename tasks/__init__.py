@@ -48,7 +48,7 @@ from pathlib import Path
 from core.cli import positive, whole
 from core.records import InputError, write_jsonl
 
-TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[!_]*.py"))
+TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
 
 
 def get_task(name):

@@ -140,7 +140,7 @@ def killed_run(out, bases, kills, seed, wait=9.0, leader_every=3, **settings):
                for k in range(kills)]
     for k, (complete, later) in enumerate(moments):
         run = start(out, bases, **settings)
-        while run.poll() is None and len(lines(out / "stages.jsonl")) < complete:
+        while run.poll() is None and finished_stages(out) < complete:
             time.sleep(0.05)
         time.sleep(later)
         if run.poll() is not None:
@@ -164,6 +164,10 @@ def killed_run(out, bases, kills, seed, wait=9.0, leader_every=3, **settings):
     last = call(out, bases, **settings)
     assert last.returncode == 0, last.stdout[-2000:] + last.stderr
     return rows
+
+
+def finished_stages(out):
+    return sum('"seconds"' in line for line in lines(out / "stages.jsonl"))
 
 
 def start(out, bases, **settings):

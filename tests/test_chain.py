@@ -101,12 +101,13 @@ def test_another_setting_is_refused_by_name_and_more_rounds_are_not(copied):
 
 def test_a_failed_stage_ends_the_run_and_says_which(copied):
     out, bases = copied
-    shutil.rmtree(out / "seed_0/dpo_1")
+    for path in [*(out / "seed_0/dpo_1").iterdir(), *(out / "seed_0/sft").glob("eval*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / "seed_0/sft/model_1/model.safetensors").write_bytes(b"broken")
-    failed = call(out, bases, **TINY)
+    failed = call(out, bases, JOBS=1, **TINY)
     assert failed.returncode == 2 and len(failed.stderr.splitlines()) == 2
     assert "model_1: not a model folder" in failed.stderr
-    assert "stage seed_0/dpo_1/sample failed (exit 2)" in failed.stderr
+    assert "stage seed_0/sft/answer_1 failed (exit 2)" in failed.stderr
     assert not list((out / "seed_0/dpo_1").glob("[!.]*"))
 
 

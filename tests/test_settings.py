@@ -17,7 +17,8 @@ PRESETS = sorted(p.stem for p in (ROOT / "presets").glob("*.sh"))
     "ALPHA=15", "ROUNDS=two", "JUDGE=Oracle", "JOBS=0", "SEEDS=a", "METHODS=sft", "SFT_LR=fast",
     "CLEAN_START=2", "CHECKPOINTS=100", "CHECKPOINTS=50 30", "JUDGE=ftp://x", "LOAD_IN_4BIT=yes",
     "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1", "DPO_NLL=-1",
-    "LABEL_NOISE=1.5", "EVAL=train", "BETA=0", "FLIP_KIND=odd", "PRETRAIN=none", "NPROC=0"])
+    "LABEL_NOISE=1.5", "EVAL=train", "BETA=0", "FLIP_KIND=odd", "PRETRAIN=none", "NPROC=0",
+    "SEEDS=08", "SEEDS=0 0", "DPO_SAMPLES=5", "WEAK_ACCURACY=0.0"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})
@@ -33,7 +34,8 @@ def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
 def test_a_variable_that_nearly_is_a_setting_is_refused_by_name(wrong, right, tmp_path):
     refused = call(tmp_path / "run", tmp_path / "bases", **{wrong: "1"})
     assert (refused.returncode, refused.stderr) == (
-        2, f"run_ilr.sh: error: {wrong} is no setting; {right} is\n")
+        2, f"run_ilr.sh: error: {wrong} is no setting; {right} is. Unset it if it is not for "
+        "this\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -41,7 +43,8 @@ def test_other_variables_of_an_environment_are_nobodys_business(tmp_path):
     usual = ("TERM SHELL USER LOGNAME EDITOR PAGER DISPLAY HOST HOSTNAME MAIL PWD OLDPWD SHLVL "
              "COLUMNS LINES TZ CI DEBUG PYTHONPATH VIRTUAL_ENV CONDA_PREFIX CUDA_VISIBLE_DEVICES "
              "OMP_NUM_THREADS SLURM_JOB_ID HF_HOME HF_TOKEN http_proxy https_proxy no_proxy TMP "
-             "TEMP LC_ALL LANGUAGE WANDB_MODE DATA MODEL OUTPUT NAME PORT HOSTTYPE MANPATH")
+             "TEMP LC_ALL LANGUAGE WANDB_MODE DATA MODEL OUTPUT NAME PORT HOSTTYPE MANPATH REST "
+             "PYTHON3 DEST TEXT META MASK test task")
     done = call(tmp_path / "run", tmp_path / "bases", "--dry-run",
                 **dict.fromkeys(usual.split(), "1"))
     assert done.returncode == 0, done.stderr

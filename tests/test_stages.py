@@ -96,7 +96,7 @@ def test_a_plan_runs_once(made):
     run = made / "runs/a"
     assert len(rows(run / "seed_0/clean/labels.jsonl")) == 20
     assert {p.name for p in (run / "seed_0/data").iterdir()} >= {"gt.jsonl", "test.jsonl"}
-    recorded = {row["stage"]: row for row in rows(run / "stages.jsonl")}
+    recorded = {row["stage"]: row for row in rows(run / "stages.jsonl") if "begun" not in row}
     assert {*recorded} == {"seed_0/data", "seed_0/gt/grade", "seed_0/clean", "whole run"}
     clean = recorded["seed_0/clean"]
     assert clean["outs"] == ["seed_0/clean/labels.jsonl"] and clean["seconds"] >= 0
@@ -131,7 +131,8 @@ def test_a_torn_row_of_the_journal_is_dropped(made):
         f.write('{"stage": "seed_0/x", "sec')
     shutil.rmtree(made / "runs/a/seed_0/clean")
     assert call(made).returncode == 0
-    assert len(rows(made / "runs/a/stages.jsonl")) == 5
+    found = [row["stage"] for row in rows(made / "runs/a/stages.jsonl") if "seconds" in row]
+    assert found.count("seed_0/clean") == 2 and len(found) == 5
 
 
 def test_out_may_be_a_link_and_the_script_be_called_from_elsewhere(house, tmp_path):
@@ -218,9 +219,65 @@ def test_a_changed_command_is_refused_by_name_and_not_taken_over(made):
 def test_a_changed_input_is_not_taken_over(made):
     unlab = made / "runs/a/seed_0/data/unlab.jsonl"
     unlab.write_text("".join(unlab.read_text().splitlines(keepends=True)[1:]))
+    refused = call(made)
+    assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
+    assert ("seed_0/clean was made from other files: OUT/seed_0/data/unlab.jsonl has changed. "
+            "Delete runs/a/seed_0/clean/labels.jsonl to make it again") in refused.stderr
     done = call(made, out="runs/b", FROM="runs/a")
     assert "seed_0/clean is not taken over: OUT/seed_0/data/unlab.jsonl has changed" in done.stdout
     assert len(rows(made / "runs/b/seed_0/clean/labels.jsonl")) == 19
+
+
+def test_what_was_cut_off_between_its_files_is_made_again_by_other_source(made):
+    """A stage of several files, of which one is there: begun by a killed run, then edited."""
+    plan = made / "small.sh"
+    plan.write_text(plan.read_text().replace("run_plan", """
+stage two two.py --out "$OUT/seed_0/x1" "$OUT/seed_0/x2"
+run_plan"""))
+    script = made / "two.py"
+    script.write_text(SLOW.replace("time.sleep(120)", """from core.records import write_text
+    from pathlib import Path
+    for out in args.out:
+        if not Path(out).exists():
+            write_text(out, "old")""").replace('"--out"', '"--out", nargs="+"'))
+    assert call(made).returncode == 0
+    (made / "runs/a/seed_0/x2").unlink()
+    script.write_text(script.read_text().replace('"old"', '"new"'))
+    done = call(made)
+    assert done.returncode == 0, done.stderr
+    assert "note: seed_0/two is made again: two.py has changed" in done.stdout
+    assert [(made / f"runs/a/seed_0/x{k}").read_text() for k in (1, 2)] == ["new", "new"]
+
+
+def test_a_stage_that_outlives_a_killed_run_is_known_by_what_it_was(made):
+    """Its row says what was begun: with other source it is refused, like any finished stage."""
+    journal = made / "runs/a/stages.jsonl"
+    kept = [row for row in rows(journal) if "seconds" not in row or row["stage"] != "seed_0/clean"]
+    journal.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    assert said(call(made))["seed_0/clean"] == "complete"
+    edit(made / "refine.py")
+    refused = call(made)
+    assert refused.returncode == 2 and "seed_0/clean (refine.py has changed)" in refused.stderr
+    taken = call(made, out="runs/b", FROM="runs/a")     # and nothing says that it was finished
+    assert said(taken)["seed_0/clean"] == "ran"
+
+
+@pytest.mark.parametrize("out", ["./runs/a", "runs//a", "runs/a/", "runs/./a", "runs/x/../a"])
+def test_out_may_be_written_in_any_way(out, made):
+    done = call(made, out=out)
+    assert done.returncode == 0, done.stderr
+    assert set(said(done).values()) == {"complete"}
+
+
+def test_a_stage_killed_by_a_signal_says_so(house):
+    dies = SLOW.replace("time.sleep(120)", "import os; os.kill(os.getpid(), 9)")
+    (house / "dies.py").write_text(dies)
+    (house / "small.sh").write_text(HEAD + 'stage x dies.py --out "$OUT/x"\nrun_plan\n')
+    done = call(house)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == (
+        "run_ilr.sh: error: stage seed_0/x was killed by signal 9 (out of memory?); the same "
+        "command continues from here")
 
 
 def test_a_run_that_was_taken_over_shares_no_small_file(made):
@@ -249,7 +306,13 @@ def test_dry_run_says_what_would_be_taken_over(made):
                            "# [2/3] seed_0/gt/grade: taken over from runs/a",
                            "# [3/3] seed_0/clean: would run: refine.py has changed"]
     assert all(" --out runs/b/seed_0/" in line for line in lines[1::2])
-    assert call(made, "--dry-run").stdout.splitlines()[0] == "# [1/3] seed_0/data: complete"
+    refused = call(made, "--dry-run")       # as the run itself would be
+    assert refused.returncode == 2 and "seed_0/clean (refine.py has changed)" in refused.stderr
+
+
+def test_dry_run_says_what_is_complete(made):
+    lines = call(made, "--dry-run").stdout.splitlines()
+    assert [line.endswith(": complete") for line in lines[0::2]] == [True] * 3
 
 
 def test_a_stage_that_waits_for_a_slot_is_looked_at_once(house):

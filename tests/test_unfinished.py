@@ -118,6 +118,16 @@ def test_sources_are_the_files_that_a_stage_really_imports():
     assert all(len(digest) == 12 for digest in found.values())
 
 
+def test_data_beside_a_task_is_part_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    (tmp_path / "tasks").mkdir()
+    for name in ("mine.py", "mine.json", "mine_words.txt", "mineral.py"):
+        (tmp_path / "tasks" / name).write_text("")
+    (tmp_path / "x.py").write_text("")
+    assert set(sources.sources_of(tmp_path / "x.py", "mine")) == {
+        "x.py", "tasks/mine.py", "tasks/mine.json", "tasks/mine_words.txt"}
+
+
 def test_fingerprints_tell_content_and_names(tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     for folder in (a, b):
@@ -131,14 +141,17 @@ def test_fingerprints_tell_content_and_names(tmp_path):
     assert sources.fingerprint(b / "file") != sources.fingerprint(a / "x/file")
 
 
-def test_a_large_file_is_known_by_size_and_time(tmp_path, monkeypatch):
+def test_a_large_file_is_known_by_blocks_all_over_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LARGE", 1)
+    monkeypatch.setattr(sources, "BLOCK", 4)
     path = tmp_path / "file"
-    path.write_text("12")
+    path.write_bytes(bytes(2000))
     before = sources.fingerprint(path)
+    path.touch()
     assert sources.fingerprint(path) == before
-    path.write_text("123")
-    assert sources.fingerprint(path) != before
+    for content in (bytes(2001), b"1" + bytes(1999), bytes(1999) + b"1"):
+        path.write_bytes(content)
+        assert sources.fingerprint(path) != before
 
 
 # ---------------------------------------------------------------- batches
