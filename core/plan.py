@@ -76,7 +76,7 @@ class Stage:
 
 
 def paths_of(args):
-    """The values of a command's arguments that are paths: by a slash, or by a file that is there."""
+    """The values of a command's arguments that are paths, by a slash or a file that is there."""
     values = []
     for name, value in vars(args).items():
         if name not in ("task", "command", "method", "source"):
