@@ -13,7 +13,7 @@
 set -euo pipefail
 caller=$PWD here=$(CDPATH="" cd "$(dirname "$0")" && pwd)
 . "$here/core/stages.sh"       # the settings of presets/, their checks, and `stage`
-. "$here/core/steps.sh"        # steps that only some settings ask for
+. "$here/core/steps.sh"        # details of the weak side, and the steps of baselines
 
 # ---------------------------------------------------------------- steps that several parts share
 finetune() {   # finetune NAME OUT SEED MODEL RECORDS LR FLAGS...: SFT of the strong side
@@ -100,12 +100,13 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
 
 # ---------------------------------------------------------------- base models, given or made here
 weak=$WEAK_MODEL strong=$STRONG_MODEL
-if [ "$PRETRAIN" ] && { [ -z "$weak" ] || [ -z "$strong" ]; }; then
+missing=$([ "$weak" ] || echo weak; [ "$strong" ] || echo strong)
+if [ "$PRETRAIN" ] && [ "$missing" ]; then
   recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)
   bases=$BASES/$TASK-${recipe%% *}       # another recipe is another folder
   stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" \
     --out "$bases/corpora"
-  for base in weak strong; do
+  for base in $missing; do
     stage bases/$base sft.py --init-config "$bases/corpora/$base.json" \
       --tokenizer "$bases/corpora/tokenizer" --data "$bases/corpora/corpus_$base.jsonl" \
       --out "$bases/$base" $PRETRAINING --state-every "$STATE_EVERY"

@@ -48,6 +48,7 @@ from core.unfinished import refuse_existing
 from refine import measure_pairs
 from tasks import get_task
 
+NEEDED = ("NAME", "WHAT", "STYLE", "NEEDS", "reads", "make", "price")
 HERE = Path(__file__).resolve().parent
 
 # What `reads` names: {kind: (required fields, fields that together occur once)}.
@@ -64,7 +65,14 @@ def load(name):
     file = name.replace("-", "_")
     if file.startswith("_") or not (HERE / f"{file}.py").exists():
         raise InputError(f"{name}: there is no baselines/{file}.py")
-    return importlib.import_module(f"baselines.{file}")
+    try:
+        module = importlib.import_module(f"baselines.{file}")
+    except (SyntaxError, ImportError) as e:
+        raise InputError(f"baselines/{file}.py: {e}") from None
+    missing = [x for x in NEEDED if not hasattr(module, x)] if hasattr(module, "ROUND") else []
+    if missing:
+        raise InputError(f"baselines/{file}.py: a method needs {', '.join(missing)}")
+    return module
 
 
 def names():

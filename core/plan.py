@@ -105,7 +105,7 @@ def parsed(name, words):
     except SystemExit:
         text = said.getvalue().strip().partition("error: ")[2].removesuffix("; try --help")
         raise InputError(f"stage {name}: {script}: {text}") from None
-    except InputError as e:
+    except (InputError, SyntaxError, ImportError, AttributeError) as e:
         raise InputError(f"stage {name}: {script}: {e}") from None
 
 

@@ -2,11 +2,13 @@
 
     python -m core.settings help gsm8k       # every variable of a preset, its value and meaning
     python -m core.settings check gsm8k      # refuse what cannot work; print a line per baseline
+    python -m core.settings inherit runs/a   # NAME=VALUE of every setting of a run
 
 run_ilr.sh calls this once it has read presets/NAME.sh and presets/generic.sh, which export every
 variable. A variable is documented by the comment behind its value there, and nowhere else.
 """
 import ast
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -29,7 +31,7 @@ URL = r"https?://[^/@?#\s]+(/[^@?#\s]*)?"
 COUNT = (r"[1-9][0-9]*", "a whole number above 0")
 WHOLE = (r"0|[1-9][0-9]*", "a whole number")
 SHARE = (r"0|0?\.[0-9]*[1-9][0-9]*|1(\.0+)?", "a share between 0 and 1")
-NUMBER = (r"[0-9]*\.?[0-9]+(e-?[0-9]+)?", "a number")
+NUMBER = (r"[0-9]*\.?[0-9]+([eE]-?[0-9]+)?", "a number")
 POSITIVE = r"[0-9]*\.?[0-9]*[1-9][0-9]*"
 SWITCH = (r"[01]", "0 or 1")
 KINDS = {
@@ -39,7 +41,7 @@ KINDS = {
     "JUDGE": (rf"trained|oracle|human|{URL}",
               "trained, oracle, human or a URL without a user or a key in it"),
     "FLIP_KIND": (r"symmetric|systematic", "symmetric or systematic"),
-    "BETA": (rf"({POSITIVE}(e-?[0-9]+)?)?", "a number above 0, or nothing"),
+    "BETA": (rf"({POSITIVE}([eE]-?[0-9]+)?)?", "a number above 0, or nothing"),
     "SECONDS_PER_PAIR": (POSITIVE, "seconds"),
     "JOBS": (r"[1-9]", "a digit from 1 to 9"),
     "LABEL_NOISE": (rf"({SHARE[0]})?", "a share between 0 and 1, or nothing"),
@@ -66,6 +68,11 @@ def meanings(preset):
             if match and (match[2] or match[1] not in found):
                 found[match[1]] = match[2] or ""
     return found
+
+
+def known():
+    """Every variable of any preset."""
+    return {name for path in (ROOT / "presets").glob("[a-z]*.sh") for name in meanings(path.stem)}
 
 
 def reads(preset):
@@ -122,7 +129,7 @@ def near_misses(names):
 
 def check(preset):
     """Refuse a setting that is mistyped or cannot work with the others, by name."""
-    now, known = settings(preset), methods()
+    now, others = settings(preset), methods()
     near_misses([*meanings(preset), "TASK"])
     for name in ("OUT", "FROM", "BASES"):
         if "\n" in os.environ[name] or (os.path.exists(os.environ[name])
@@ -136,10 +143,10 @@ def check(preset):
             refuse(name, value, expected)
     wanted = now["METHODS"].split()
     for method in wanted:
-        if method not in (*PAPER, *known):
+        if method not in (*PAPER, *others):
             refuse("METHODS", now["METHODS"],
-                   f"some of these, with spaces between: {' '.join([*PAPER, *known])}")
-        needed = known.get(method, {}).get("NEEDS")
+                   f"some of these, with spaces between: {' '.join([*PAPER, *others])}")
+        needed = others.get(method, {}).get("NEEDS")
         if needed and needed not in wanted:
             raise InputError(f"METHODS: {method} needs {needed} beside it")
     if now["EVAL"] not in now["EVALS"].split():
@@ -172,8 +179,8 @@ def check(preset):
     if os.environ["LAUNCH"] and os.environ["NPROC"] == "1":
         raise InputError("LAUNCH starts several processes: say how many, NPROC")
     for method in wanted:
-        if method in known:
-            constants = known[method]
+        if method in others:
+            constants = others[method]
             print(method, min(int(now["ROUNDS"]), constants.get("ROUNDS", 10**6)),
                   constants.get("SAMPLES", now["DPO_SAMPLES"]), constants["ROUND"])
 
@@ -191,6 +198,16 @@ def show(preset):
 
 
 # ---------------------------------------------------------------- config.json
+def inherit(run):
+    """Print NAME=VALUE of every setting that a run was made with."""
+    path = Path(run) / "config.json"
+    if not path.exists():
+        refuse("FROM", run, "a run folder, which has a config.json")
+    for name, value in read_json(path).get("settings", {}).items():
+        if name == "TASK" or name in known() and name not in OF_THE_MACHINE:
+            print(f"{name}={' '.join(str(value).split())}")
+
+
 def configuration(preset):
     """What config.json says of a run: settings, versions, commit."""
     try:
@@ -207,9 +224,11 @@ def configuration(preset):
 @functools.cache
 def versions():
     """{library: version} of what computes the results."""
-    names = ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy")
-    return {"python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in names}}
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "tokenizers", "bitsandbytes", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def check_config(run, now):
@@ -239,7 +258,7 @@ def larger(name, old, new):
 
 def main(words):
     try:
-        {"help": show, "check": check}[words[0]](words[1])
+        {"help": show, "check": check, "inherit": inherit}[words[0]](words[1])
     except InputError as e:
         sys.exit(fail(e))
 

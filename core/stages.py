@@ -474,7 +474,7 @@ def execute(stages):
 def main(action):
     try:
         source = os.environ["FROM"]
-        if source and not (Path(source) / "stages.jsonl").exists():
+        if source and not there(Path(source) / "stages.jsonl"):
             raise InputError(f"FROM is '{source}': expected a run folder with a stages.jsonl")
         if source and Path(source).resolve() == Path(os.environ["OUT"]).resolve():
             raise InputError("FROM and OUT are the same folder: give OUT a new one")
@@ -489,6 +489,9 @@ def main(action):
         return execute(stages)
     except InputError as e:
         return settings.fail(e, 1 if isinstance(e, InUse) else 2)
+    except BrokenPipeError:     # `| head`: nobody reads on
+        sys.stdout = open(os.devnull, "w")
+        return 1
     except OSError as e:
         return settings.fail(e, 1)
 

@@ -19,6 +19,20 @@ done
 
 # ---------------------------------------------------------------- the settings
 set -a       # exported: core/settings.py and the stages see them
+PYTHON=${PYTHON:-python}
+case $PYTHON in
+  /*) ;;
+  */*) PYTHON=$caller/$PYTHON ;;       # paths are relative to this folder, but for the interpreter
+esac
+command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON': expected a Python interpreter"
+if [ -n "${FROM:-}" ]; then            # what that run was made with is this one's default
+  inherited=$("$PYTHON" -m core.settings inherit "$FROM") || exit $?
+  while IFS='=' read -r name value; do
+    eval "given=\${$name+yes}"
+    [ "$given" ] || export "$name=$value"
+  done <<<"$inherited"
+  unset name value given inherited
+fi
 PRESET=${PRESET:-${TASK:-arithmetic}}
 TASK=$PRESET
 case $PRESET in
@@ -29,15 +43,10 @@ if [ -e "presets/$PRESET.sh" ]; then . "presets/$PRESET.sh"; fi
 [ -e "tasks/$TASK.py" ] || die "unknown task $PRESET: there is neither presets/$PRESET.sh nor" \
   "tasks/$TASK.py"
 . presets/generic.sh
-case $PYTHON in
-  /*) ;;
-  */*) PYTHON=$caller/$PYTHON ;;       # paths are relative to this folder, but for the interpreter
-esac
 plain() { printf '%s' "$1" | sed -e 's|/\./|/|g' -e 's|//*|/|g' -e 's|^\./||' -e 's|\(.\)/$|\1|'; }
 OUT=$(plain "$OUT") FROM=$(plain "$FROM") BASES=$(plain "$BASES")
 [ "$OUT" != . ] || OUT=$here
 set +a
-command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON': expected a Python interpreter"
 if [ $ACTION = help ]; then
   sed -n '2,/^set /s/^# \{0,1\}//p' run_ilr.sh
   "$PYTHON" -m core.settings help "$PRESET"

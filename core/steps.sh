@@ -1,4 +1,5 @@
-# Sourced by run_ilr.sh: steps that only some settings ask for. They use its $seed, $run, $weak, ...
+# Sourced by run_ilr.sh: details of the weak side, and the steps of baselines.
+# They use its variables: $seed, $run, $weak, ...
 
 accept=ilr     # the rule of refine.py by which a proposal replaces its label
 [ "$JUDGE" != oracle ] || accept=oracle

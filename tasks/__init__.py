@@ -5,6 +5,7 @@ is one, else of presets/generic.sh. `get_task` says what the file must have. The
 runs, for a folder (DATA_DIR, default data/mytask) with train.jsonl and test.jsonl:
 
     \"\"\"My task: answers to questions, right if they are the reference, word for word.\"\"\"
+    import random
     import sys
     from pathlib import Path
 
@@ -30,7 +31,9 @@ runs, for a folder (DATA_DIR, default data/mytask) with train.jsonl and test.jso
 
     def main(args):
         check(args)
-        write_training(args.out, records(args, "train")[:args.train], args.gt)
+        train = records(args, "train")
+        random.Random(args.seed).shuffle(train)
+        write_training(args.out, train[:args.train], args.gt)
         write_jsonl(f"{args.out}/test.jsonl", records(args, "test")[:args.test])
 
     def parser():

@@ -185,6 +185,19 @@ def test_an_edited_stage_runs_again_and_nothing_else(made):
         made / "runs/a/seed_0/clean/labels.jsonl")
 
 
+def test_the_settings_of_from_are_the_defaults(made):
+    """FROM alone repeats the run's own experiment; what is given comes first."""
+    settings = made / "runs/x/config.json"
+    settings.parent.mkdir(exist_ok=True)
+    config = json.loads((made / "runs/a/config.json").read_text())
+    config["settings"].update(TRAIN="7", GT="3", SFT_LR="2e-3", WEAK_MODEL="x y")
+    settings.write_text(json.dumps(config))
+    (made / "runs/x/stages.jsonl").write_text("")
+    (made / "small.sh").write_text(HEAD + 'echo "$TRAIN $GT $SFT_LR $WEAK_MODEL $TEST"')
+    done = call(made, out="runs/y", FROM="runs/x", GT=5)
+    assert done.stdout == "7 5 2e-3 x y 1000\n", done.stderr
+
+
 def test_what_is_not_imported_makes_nothing_new(made):
     before = everything(made / "runs/a")
     for path in ("report/page.py", "sft.py", "core/decoding.py", "baselines/filter.py"):

@@ -150,7 +150,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, monkeypatch):
 def test_get_task_refuses_what_is_no_task():
     with pytest.raises(InputError, match="arithmetic"):
         tasks.get_task("../sft")
-    for name in tasks.TASKS:
+    for name in ("arithmetic", "bird", "gsm8k", "saferpaca"):
+        assert name in tasks.TASKS
         task = tasks.get_task(name)
         names = ("parser", "check", "main", "grade", "is_well_formed", "MAX_PROMPT_TOKENS",
                  "MAX_NEW_TOKENS")
