@@ -275,8 +275,7 @@ def parser():
                             description=__doc__, formatter_class=p.formatter_class)
     s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, human, or "
                    "the URL of an OpenAI-compatible endpoint")
-    s.add_argument("--judge-model",
-                   help="model behind the URL, whose key is in ILR_COMPARE_KEY")
+    s.add_argument("--judge-model", help="model behind the URL, whose key is in ILR_COMPARE_KEY")
     s.add_argument("--seconds-per-pair", type=rate, default=60,
                    help="for human: a pair without an answer by then counts as 0.5")
     s.add_argument("--seed", type=whole, default=0,
@@ -288,8 +287,7 @@ def parser():
     s.add_argument("--embedder", help="for tasks that compare answers by embeddings: folder or "
                    "hub name of a model, or an endpoint's URL")
     s.add_argument("--task", required=True)
-    s.add_argument("--a", required=True,
-                   help="records: the present completions (or samples)")
+    s.add_argument("--a", required=True, help="records: the present completions (or samples)")
     s.add_argument("--b", nargs="+", help="records: the proposed completions; without it, the "
                    "samples of --a are paired two by two")
     s.add_argument("--out", required=True, help="file to write")

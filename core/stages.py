@@ -1,6 +1,6 @@
 """Run a plan of stages: skip what is complete, continue what was cut off, side by side.
 
-    python -m core.stages run PRESET <plan          # what run_ilr.sh does, its settings exported
+    python -m core.stages run <plan          # what run_ilr.sh does, its settings exported
 
 A stage starts when all that it reads is there. A stage without --out (the report) runs when all
 before it are done. OUT/stages.jsonl has a row per finished stage: name, seconds, outs, and what
@@ -415,12 +415,12 @@ def dry_run(stages):
             what = ": complete"
             settled.update({out: out for out in stage.outs})
         elif source and stage.outs and below(stage.outs[0], os.environ["OUT"]):
-            what = f": {would_be(stage, source, made, settled)}"
+            what = f": {would_be(stage, source, settled)}"
         print(f"# [{stage.index + 1}/{len(stages)}] {stage.name}{what}")
         print(shlex.join([*launcher(stage), *stage.words]))
 
 
-def would_be(stage, source, made, settled):
+def would_be(stage, source, settled):
     row = source.rows.get(stage.name)
     if not row or "seconds" not in row:
         return f"new, {source.run} has no such stage"

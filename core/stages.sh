@@ -28,10 +28,9 @@ command -v "$PYTHON" >/dev/null || die "PYTHON is '$PYTHON': expected a Python i
 if [ -n "${FROM:-}" ]; then            # what that run was made with is this one's default
   inherited=$("$PYTHON" -m core.settings inherit "$FROM") || exit $?
   while IFS='=' read -r name value; do
-    eval "given=\${$name+yes}"
-    [ "$given" ] || export "$name=$value"
+    [ "${!name+given}" ] || export "$name=$value"
   done <<<"$inherited"
-  unset name value given inherited
+  unset name value inherited
 fi
 PRESET=${PRESET:-${TASK:-arithmetic}}
 TASK=$PRESET
@@ -77,4 +76,4 @@ stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, unde
   for word in "$@"; do plan+=$'\x1f'$word; done
   plan+=$'\n'
 }
-run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$PRESET" <<<"$plan"; }
+run_plan() { exec "$PYTHON" -m core.stages "$ACTION" <<<"$plan"; }
