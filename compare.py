@@ -29,9 +29,10 @@ from core.distributed import first, rank, shard, summed, world
 from core.embeddings import alike
 from core.endpoint import Endpoint, is_url
 from core.memory import attempts, check_memory
-from core.models import open_model, pick_device, save_model
+from core.models import add_device_flags, open_model, pick_device, pick_dtype, save_model
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import pack
+from core.precision import set_exact
 from core.records import InputError, write_json, write_jsonl
 from core.tokens import open_tokenizer
 from core.training import Training, add_training_flags
@@ -61,19 +62,22 @@ def train(args):
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.model, args.chat_template)
+    dtype = pick_dtype(args.dtype, device)
     model = open_model(args.model, device, "AutoModelForSequenceClassification", shards=True,
-                       num_labels=2)
+                       dtype=dtype, trains="weights", num_labels=2)
     model.config.id2label = dict(enumerate(judge.CLASSES))
     model.config.label2id = {name: i for i, name in enumerate(judge.CLASSES)}
     if model.config.pad_token_id is None:
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         model.config.pad_token_id = pad if pad is not None else eos
-    torch.nn.init.zeros_(model.score.weight)    # starts at probability 0.5, whatever the width
+    head = model.score.weight       # starts at probability 0.5, whatever the width
+    set_exact(head, torch.zeros(head.shape))
     shard(model, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     examples, stopping, reported = [judge.both_orders(tokenizer, s) for s in splits]
+    # PROBE
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     check_memory(model, optimizers, args, device, 0)
     training = Training(folder, model, optimizers, args.state_every)
@@ -138,7 +142,8 @@ def train(args):
         training.save_state(done, always=True, best=best, history=history, reached=reached,
                             checks=checks)
     bar.close()
-    model = open_model(folder, device, "AutoModelForSequenceClassification", shards=True)
+    model = open_model(folder, device, "AutoModelForSequenceClassification", shards=True,
+                       dtype=dtype)
     shard(model, device)
     _, accuracy, flips = judge.held_out(model, reported, args, device)
     first(lambda: write_json(folder / "judge.json", {
@@ -296,7 +301,7 @@ def parser():
     s.add_argument("--micro-tokens", type=positive, default=16384, help="tokens per forward pass")
     s.add_argument("--chat-template", action="store_true",
                    help="prompts in the judge's own chat format, as it was trained")
-    s.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    add_device_flags(s)
     return p
 
 

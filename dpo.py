@@ -7,7 +7,7 @@
 
 The reference is the policy as it starts, or --reference. Its log-probabilities are computed once,
 before training, so there is never a second model in memory. Chosen and rejected share one packed
-forward pass. Metrics carry TRL's names. Writes a `save_pretrained` folder with `metrics.jsonl`.
+forward pass. Metrics carry TRL's names. Writes a folder as sft.py does; adapters are trained on.
 If killed, the same command continues and ends with the same bytes (on a CPU). Under torchrun,
 model and pairs are shared among all processes. Losses are in the table LOSSES; adding one is
 adding a function and its row.
@@ -23,13 +23,14 @@ from core.cli import amount, bounded, make_parser, positive, rate, run_stage, sh
 from core.distributed import shard, summed
 from core.judge import held_out_error
 from core.memory import attempts, check_memory
-from core.models import open_model, pick_device, save_model
+from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
 from core.records import InputError, read_jsonl
 from core.tokens import open_tokenizer
 from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
 from core.unfinished import partial_path
+from tasks import get_task
 
 
 # ---------------------------------------------------------------- the losses
@@ -144,12 +145,29 @@ def noise_rate(args):
 
 # ---------------------------------------------------------------- the stage
 def open_for_training(path, args, device):
-    """--model or --reference; the policy's new adapters are 0 at first, so it can be both."""
-    model = open_model(path, device, load_in_4bit=args.load_in_4bit, shards=True)
+    """--model or --reference. As it starts the policy can be both: new adapters are 0, and the
+    reference of those that are trained on is where they stood."""
+    model = open_model(path, device, load_in_4bit=args.load_in_4bit, shards=True,
+                       dtype=pick_dtype(args.dtype, device), trains=what_trains(args))
     if args.lora_rank and path == args.model:
         add_lora(model, args.lora_rank)
     shard(model, device)
     return model
+
+
+def select_records(args):
+    """The pairs to train on: those whose chosen completion the task can parse, as in the release.
+    """
+    records = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
+    if not args.task:
+        return records
+    task, before = get_task(args.task), len(records)
+    records = [r for r in records if task.is_well_formed(r["chosen"])]
+    print(f"{before - len(records)} of {before} chosen completions cannot be parsed: their pairs "
+          "are left out")
+    if not records:
+        raise InputError(f"{args.data}: none of its {before} chosen completions can be parsed")
+    return records
 
 
 def check(args):
@@ -159,6 +177,8 @@ def check(args):
     for flag, is_read in reads.items():
         if getattr(args, flag) is not None and not is_read:
             raise InputError(f"--{flag} has no effect with --loss {args.loss}")
+    if args.task:
+        get_task(args.task)
     if loss.noise and args.noise is None and args.judge is None:
         raise InputError(f"--loss {args.loss} needs a noise rate: give either --noise or --judge")
     if args.load_in_4bit and not args.lora_rank:
@@ -175,7 +195,7 @@ def main(args):
     judge = args.judge if loss.noise else None
     inputs = [p for p in (args.data, args.model, args.reference, judge) if p]
     folder = partial_path(__file__, args.out, vars(args), inputs)
-    records = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
+    records = select_records(args)
 
     import numpy as np
     import torch
@@ -190,6 +210,7 @@ def main(args):
     lengths = torch.tensor([[sum(weights[1:]) for _, weights in pair] for pair in pairs],
                            device=device)
     model = open_for_training(args.reference or args.model, args, device)
+    # PROBE
     if loss.reference:
         reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl")
         reference = reference.to(device)
@@ -275,6 +296,7 @@ def parser():
     p.add_argument("--reference", help="folder or hub name of the reference (default: --model)")
     p.add_argument("--data", required=True, help="records with id, prompt, chosen, rejected")
     p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--task", help="leave out pairs whose chosen completion it cannot parse")
     p.add_argument("--loss", default="sigmoid", choices=list(LOSSES),
                    help="preference loss; each one's equation is at its function")
     p.add_argument("--beta", type=rate, help="strength of the pull towards the reference "

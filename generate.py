@@ -19,12 +19,12 @@ import os
 from pathlib import Path
 
 from core.cli import amount, make_parser, positive, run_stage, short, whole
-from core.decoding import decode, decode_beams, sample_uniforms
+from core.decoding import check_decoding, decode, decode_beams, sample_uniforms
 from core.distributed import deal, first, rank
-from core.memory import lacks_memory
-from core.models import count_weights, open_model, pick_device
+from core.memory import decoding_rows, lacks_memory
+from core.models import add_device_flags, count_weights, open_model, pick_device, pick_dtype
 from core.records import InputError, half_of, read_jsonl, write_json, write_jsonl
-from core.tokens import encode_prompt, open_tokenizer
+from core.tokens import encode_prompt, open_tokenizer, stop_ids
 from core.unfinished import BatchLog, finished, partial_path
 
 
@@ -53,47 +53,67 @@ def encode_prompts(args, tokenizer, data, records):
     return prompts
 
 
+def rows_at_once(args, model, prompts):
+    """How many rows of a batch are decoded at once: all, or the half, quarter, ... that fits."""
+    rows, width = len(prompts), max(map(len, prompts))
+    fit = decoding_rows(model, width, args.max_new_tokens, args.num_beams, model.device)
+    while rows > fit:
+        rows = (rows + 1) // 2
+    return rows
+
+
+def answer(args, model, eos, prompts, noise):
+    """(completions as token ids, whether each is truncated) of a batch of prompts as token ids.
+
+    noise: for sampling, the `sample_uniforms` of each row; else empty.
+    """
+    import torch
+    rows, completions, truncated = rows_at_once(args, model, prompts), [], []
+    while len(completions) < len(prompts):
+        part = slice(len(completions), len(completions) + rows)
+        more = [model, prompts[part], eos, args.max_new_tokens]
+        uniforms = torch.tensor(noise[part], device=model.device) if noise else None
+        try:
+            found = (decode_beams(*more, args.num_beams) if args.num_beams > 1 else
+                     decode(*more, args.temperature, uniforms))
+            completions, truncated = completions + found[0], truncated + found[1]
+            continue
+        except RuntimeError as e:
+            if not lacks_memory(e) or rows == 1:
+                raise
+        rows = (rows + 1) // 2      # the exception, whose frames hold tensors, is deleted by now
+        torch.cuda.empty_cache()
+    return completions, truncated
+
+
 def generate_file(args, model_path, data, out, half):
     """Answer every record of one file (or of one half of it) with one model."""
     settings = {**vars(args), "model": model_path, "data": data, "out": out, "half": half}
     folder = partial_path(__file__, out, settings, [data, model_path])
     records = select_records(args, data, half)
 
-    import torch
     from tqdm import tqdm
     device = pick_device(args.device)
     tokenizer = open_tokenizer(model_path, args.chat_template)
-    model = open_model(model_path, device, load_in_4bit=args.load_in_4bit).eval()
-    prompts = encode_prompts(args, tokenizer, data, records)
-    eos = tokenizer.eos_token_id
+    model = open_model(model_path, device, load_in_4bit=args.load_in_4bit,
+                       dtype=pick_dtype(args.dtype, device)).eval()
+    prompts, eos = encode_prompts(args, tokenizer, data, records), stop_ids(tokenizer, model)
     # a job is one sample of one record: (index of the record, number of the sample)
     jobs = [(i, s) for i in range(len(records)) for s in range(args.num_samples)]
     jobs.sort(key=lambda job: (-len(prompts[job[0]]), job))
     batches = [jobs[i:i + args.batch_size] for i in range(0, len(jobs), args.batch_size)]
     seed = [args.seed, args.round] if args.round else args.seed
-
-    def answer(batch):
-        """(completions as token ids, whether each is truncated) of a batch of jobs."""
-        ids = [prompts[i] for i, _ in batch]
-        try:
-            if args.num_beams > 1:
-                return decode_beams(model, ids, eos, args.max_new_tokens, args.num_beams)
-            uniforms = None
-            if args.temperature > 0:
-                noise = [sample_uniforms(seed, records[i]["id"], s, args.max_new_tokens).tolist()
-                         for i, s in batch]
-                uniforms = torch.tensor(noise, device=device)
-            return decode(model, ids, eos, args.max_new_tokens, args.temperature, uniforms)
-        except RuntimeError as e:
-            if not lacks_memory(e) or len(batch) == 1:
-                raise
-        torch.cuda.empty_cache()    # too many for the memory: one half, then the other
-        middle = len(batch) // 2
-        return [a + b for a, b in zip(answer(batch[:middle]), answer(batch[middle:]), strict=True)]
+    check_decoding(model, prompts[0], args.num_beams)
+    rows = rows_at_once(args, model, [prompts[i] for i, _ in batches[0]])
+    if rows < len(batches[0]) and not rank():
+        print(f"note: {short(out)}: memory for {rows} of a batch's {len(batches[0])} rows at once")
 
     def answer_texts(batch):
         """[record index, sample number, text, truncated, tokens generated] of each job."""
-        completions, truncated = answer(batch)
+        noise = [sample_uniforms(seed, records[i]["id"], s, args.max_new_tokens).tolist()
+                 for i, s in batch if args.temperature > 0]
+        ids = [prompts[i] for i, _ in batch]
+        completions, truncated = answer(args, model, eos, ids, noise)
         texts = tokenizer.batch_decode(completions, skip_special_tokens=True)
         answers = zip(batch, texts, completions, truncated, strict=True)
         return [[i, s, text, cut, len(ids) + (not cut)] for (i, s), text, ids, cut in answers]
@@ -113,11 +133,9 @@ def generate_file(args, model_path, data, out, half):
         "weights": count_weights(model),
         "generated_tokens": args.num_beams * sum(r[4] for r in log.results),
         "read_tokens": read})
-    answers = []
-    for i, s, text, cut, _ in sorted(log.results):
-        numbered = {"sample": s} if args.num_samples > 1 else {}
-        answers.append({**records[i], "completion": text, "source": args.source, **numbered,
-                        "truncated": cut})
+    answers = [{**records[i], "completion": text, "source": args.source,
+                **({"sample": s} if args.num_samples > 1 else {}), "truncated": cut}
+               for i, s, text, cut, _ in sorted(log.results)]
     write_jsonl(out, answers)
     folder.unlink()
     finished(folder)
@@ -159,12 +177,9 @@ def parser():
     p.add_argument("--out", required=True, nargs="+", help="files to write")
     p.add_argument("--temperature", type=amount, default=0.0, help="0 is greedy")
     p.add_argument("--num-samples", type=positive, default=1, help="completions per prompt")
-    p.add_argument("--num-beams", type=positive, default=1,
-                   help="beam search with this many beams")
-    p.add_argument("--max-new-tokens", type=positive, default=256,
-                   help="a longer answer is cut off")
-    p.add_argument("--max-prompt-tokens", type=positive, default=4096,
-                   help="a longer prompt is an error")
+    p.add_argument("--num-beams", type=positive, default=1, help="above 1: beam search")
+    p.add_argument("--max-new-tokens", type=positive, default=256, help="more are cut off")
+    p.add_argument("--max-prompt-tokens", type=positive, default=4096, help="more are an error")
     p.add_argument("--batch-size", type=positive, default=256, help="rows decoded together")
     p.add_argument("--seed", type=whole, default=0, help="of the sampling noise and the halves")
     p.add_argument("--half", type=int, nargs="+", choices=[1, 2],
@@ -177,7 +192,7 @@ def parser():
                    help="the model's linear layers in 4 bits (NF4), to save memory")
     p.add_argument("--chat-template", action="store_true",
                    help="prompts in the model's own chat format instead of plain text")
-    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    add_device_flags(p)
     return p
 
 

@@ -26,8 +26,8 @@ finetune() {   # finetune NAME OUT SEED MODEL RECORDS LR FLAGS...: SFT of the st
 dpo() {        # dpo NAME OUT SEED FLAGS...: DPO of $policy on the round's preferences
   local name=$1 out=$2 order=$3
   shift 3
-  stage "$name" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --out "$out" \
-    --loss "$DPO_LOSS" ${BETA:+--beta "$BETA"} --nll-weight "$DPO_NLL" --lr "$DPO_LR" \
+  stage "$name" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --task "$TASK" \
+    --out "$out" --loss "$DPO_LOSS" ${BETA:+--beta "$BETA"} --nll-weight "$DPO_NLL" --lr "$DPO_LR" \
     --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed "$order" $TRAINING $ADAPTERS \
     $DPO_FLAGS "$@"
 }

@@ -3,13 +3,14 @@
     python sft.py --model mistralai/Mistral-7B-v0.1 --data labels.jsonl --out runs/sft
     python sft.py --init-config strong.json --tokenizer tok --data corpus.jsonl --out base
 
-Trains every weight (or adapters: --lora-rank) of a model, or of random weights (--init-config),
-in bf16 on CUDA and fp32 on a CPU. The loss is the mean negative log-likelihood of all completion
-tokens of an optimizer batch, so the size of the micro-batches changes nothing. Records are packed
-into rows without cross-talk; logits are computed only where there is a label. Writes a
-`save_pretrained` folder with `metrics.jsonl`, a row per optimizer step. If killed, the same
-command continues and ends with the same bytes (on a CPU). `torchrun --nproc-per-node 8 sft.py ...`
-shards the model over 8 GPUs and sees the same optimizer batches.
+Trains every weight (or adapters: --lora-rank) of a model, or of random weights (--init-config).
+Computes in bf16 on CUDA and in fp32 on a CPU; what is learned is kept in fp32 either way. The loss
+is the mean negative log-likelihood of all completion tokens of an optimizer batch, so the size of
+the micro-batches changes nothing. Records are packed into rows without cross-talk; logits are
+computed only where there is a label. Writes a `save_pretrained` folder (adapters: a PEFT folder)
+with `metrics.jsonl`, a row per optimizer step. If killed, the same command continues and ends with
+the same bytes (on a CPU). `torchrun --nproc-per-node 8 sft.py ...` shards the model over 8 GPUs and
+sees the same optimizer batches.
 
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS),
 the halves depend on (seed, round, id) and not on the order of rows, batches are packed, and
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from core.adapters import add_lora
 from core.cli import amount, make_parser, positive, run_stage, short, whole
-from core.distributed import home, shard, summed
+from core.distributed import home, shard, summed, world
 from core.memory import attempts, check_memory
-from core.models import open_model, pick_device, save_model
+from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import completion_logps, pack
+from core.precision import exact_in
 from core.records import InputError, half_of, read_jsonl
 from core.tokens import encode_completion, encode_prompt, open_tokenizer
 from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
@@ -65,8 +67,8 @@ def encode_records(args, tokenizer, records):
     return sequences
 
 
-def new_model(init_config, device):
-    """A model with random fp32 weights. Raises InputError if the file is no model config."""
+def new_model(init_config, device, dtype):
+    """A model with random weights, drawn in fp32. InputError if the file is no model config."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -75,7 +77,11 @@ def new_model(init_config, device):
     except (OSError, ValueError, TypeError, StrictDataclassError) as e:
         raise InputError(f"{init_config}: not the JSON of a model config "
                          f"({str(e).splitlines()[0]})") from None
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(home(device))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(home(device))
+    model.compute_dtype = dtype
+    if world() == 1:
+        exact_in(model, dtype)
+    return model
 
 
 def check(args):
@@ -99,11 +105,13 @@ def main(args):
     from tqdm import tqdm
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
     tokenizer = open_tokenizer(args.model or args.tokenizer, args.chat_template)
     if args.model:
-        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit, shards=True)
+        model = open_model(args.model, device, load_in_4bit=args.load_in_4bit, shards=True,
+                           dtype=dtype, trains=what_trains(args))
     else:
-        model = new_model(args.init_config, device)
+        model = new_model(args.init_config, device, dtype)
     if args.lora_rank:
         add_lora(model, args.lora_rank)
     shard(model, device)
@@ -112,6 +120,7 @@ def main(args):
     model.train()
 
     sequences = encode_records(args, tokenizer, records)
+    # PROBE
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     labelled = sum(sum(w > 0 for w in weights) for _, weights in sequences)
     check_memory(model, optimizers, args, device, labelled / sum(len(s[0]) for s in sequences))

@@ -69,7 +69,7 @@ class Sides:
 
     def stripped(self, rows):
         from core.decoding import strip_eos
-        return strip_eos([row + [self.eos] for row in rows], self.eos)[0]
+        return strip_eos([row + [self.eos] for row in rows], [self.eos])[0]
 
     def ours(self, samples):
         import torch
@@ -82,7 +82,7 @@ class Sides:
                 noise = [sample_uniforms(0, i, s, new).tolist() for i, s in batch]
                 uniforms = torch.tensor(noise)
             prompts = [self.prompts[i] for i, _ in batch]
-            texts, _ = decode(self.model, prompts, self.eos, new, 0.7, uniforms)
+            texts, _ = decode(self.model, prompts, [self.eos], new, 0.7, uniforms)
             out.update(zip(batch, texts, strict=True))
         return out
 

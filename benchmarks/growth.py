@@ -132,7 +132,7 @@ def of_one_size(top, size, rate, args):
 
     prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 64)]
     model.eval()
-    took = seconds(lambda: decode(model, prompts, -1, 64), args.repeats)
+    took = seconds(lambda: decode(model, prompts, [-1], 64), args.repeats)
     found["generation"] = took / (64 * 64)
     return found
 
@@ -159,7 +159,7 @@ def of_length(args):
         model.zero_grad()
 
     def decoding(prompts, count):
-        return seconds(lambda: decode(model, prompts, -1, count), args.repeats)
+        return seconds(lambda: decode(model, prompts, [-1], count), args.repeats)
     for length in (64, 128, 256, 512, 1024, 2048):
         half = length // 2
         weights = [0.0] * half + [1.0] * (length - half)
@@ -191,7 +191,7 @@ def of_samples(args):
     ids, mask = padded(prompts, 0)
 
     def ours(batch, uniforms):
-        return decode(model, batch, -1, 64, 0.7, uniforms)
+        return decode(model, batch, [-1], 64, 0.7, uniforms)
 
     def theirs(samples):
         config = GenerationConfig(max_new_tokens=64, min_new_tokens=64, do_sample=True,

@@ -1,11 +1,30 @@
-"""LoRA adapters: beside every linear layer but the head."""
+"""LoRA adapters, beside every linear layer but the head, and their folders in PEFT's format.
+
+A folder of adapters names its base by hub name, or by the path from the folder, and holds a digest
+of the base's weights: moved together they work, another model in the base's place is refused.
+"""
+import functools
+import hashlib
+import json
+import os
+from collections import namedtuple
 from pathlib import Path
 
-from core.records import InputError
+from core.precision import exact_value, set_exact
+from core.records import InputError, write_json
+from core.sources import ADAPTER_CONFIG, fingerprint
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."        # PEFT's, before the names of the model's own layers
+
+
+class Adapters(namedtuple("Adapters", "folder base digest alpha tensors")):
+    """What a folder holds: path or hub name of its base, a digest of the base's weights or None,
+    alpha, and {parameter name: fp32 tensor}: LAYER.lora_A (rank, in), LAYER.lora_B (out, rank)."""
 
 
 def inner_linears(model, flag):
-    """[(name, layer)] of all linear layers but the head.
+    """[(name, layer)] of all linear layers but the head; says what share of the weights they are.
 
     Raises InputError, naming `flag`, if the model has none.
     """
@@ -15,32 +34,45 @@ def inner_linears(model, flag):
              if isinstance(layer, torch.nn.Linear) and layer is not head]
     if not found:
         raise InputError(f"{flag}: the model has no linear layers")
+    covered = {id(layer.weight) for _, layer in found}
+    covered |= {id(model.get_input_embeddings().weight), id(getattr(head, "weight", None))}
+    other = {name: p.numel() for name, p in model.named_parameters()
+             if p.ndim > 1 and id(p) not in covered}
+    inner = sum(layer.weight.numel() for _, layer in found)
+    print(f"{flag}: {len(found)} linear layers, {inner / (inner + sum(other.values())):.1%} of the "
+          "weights between embeddings and head"
+          + (f"; not {len(other)} others, as {max(other, key=other.get)}" if other else ""))
     return found
 
 
-def add_lora(model, rank):
-    """Freeze the model and give every linear layer but the head an adapter, in place.
-
-    y = Wx + 2 BAx (LoRA, arXiv 2106.09685, equation 3, with alpha = 2 rank as in the paper);
-    A (rank, in) and B (out, rank) in fp32; B = 0 at the start. A model that was opened with
-    adapters keeps them, and they are trained on. Raises InputError if their rank is another one.
-    """
+@functools.cache
+def lora_linear():
     import torch
 
     class LoraLinear(torch.nn.Module):
-        def __init__(self, base):
+        """y = Wx + alpha / rank BAx (LoRA, arXiv 2106.09685, equation 3); W stays as it is."""
+
+        def __init__(self, base, a, b, alpha):
             super().__init__()
-            self.base, device = base, base.weight.device
-            # drawn in main memory, so that the number of processes changes nothing
-            a, b = torch.empty(rank, base.in_features), torch.zeros(base.out_features, rank)
-            torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)
+            self.base, self.alpha, self.scale = base, alpha, alpha / len(a)
+            device = base.weight.device
             self.lora_A = torch.nn.Parameter(a.to(device))
             self.lora_B = torch.nn.Parameter(b.to(device))
 
         def forward(self, x):
             a, b = self.lora_A.T.to(x.dtype), self.lora_B.T.to(x.dtype)
-            return self.base(x) + 2 * (x @ a) @ b
+            return self.base(x) + self.scale * (x @ a) @ b
+    return LoraLinear
 
+
+def add_lora(model, rank):
+    """Freeze the model and give every linear layer but the head an adapter, in place.
+
+    alpha = 2 rank as in the paper; A (rank, in) and B (out, rank) in fp32; B = 0 at
+    the start. A model that was opened with adapters keeps them, and they are trained on. Raises
+    InputError if their rank is another one.
+    """
+    import torch
     present = [p for name, p in model.named_parameters() if name.endswith("lora_A")]
     if present:
         if len(present[0]) != rank:
@@ -48,23 +80,126 @@ def add_lora(model, rank):
                              f"{len(present[0])}")
         return
     model.requires_grad_(False)
-    for name, layer in inner_linears(model, "--lora-rank"):
-        model.set_submodule(name, LoraLinear(layer))
+    for name, layer in inner_linears(model, f"--lora-rank {rank}"):
+        # drawn in main memory, so that the number of processes changes nothing
+        a = torch.empty(rank, layer.in_features)
+        b = torch.zeros(layer.out_features, rank)
+        torch.nn.init.kaiming_uniform_(a, a=5 ** 0.5)
+        model.set_submodule(name, lora_linear()(layer, a, b, 2 * rank))
+
+
+# ---------------------------------------------------------------- a folder's adapters
+def put_adapters(model, adapters):
+    """Freeze the model and add a folder's adapters to it, to be read or trained on."""
+    model.requires_grad_(False)
+    for name, layer, a, b in matched(model, adapters):
+        model.set_submodule(name, lora_linear()(layer, a, b, adapters.alpha))
+
+
+def merge_adapters(model, adapters):
+    """Make W + alpha / rank BA the layers' weights: exactly, if they carry remainders.
+
+    Weights that another process holds are left as they are.
+    """
+    for _, layer, a, b in matched(model, adapters):
+        if not layer.weight.is_meta:
+            p = layer.weight
+            change = adapters.alpha / len(a) * (b.to(p.device) @ a.to(p.device))
+            set_exact(p, (exact_value(p) + change).to(change.dtype))
+
+
+def matched(model, adapters):
+    """(layer's name, layer, A, B) of each of a folder's adapters.
+
+    Raises InputError if the model has no such layer, or is another one than the adapters' base.
+    """
+    if adapters.digest and adapters.digest != weights_digest(adapters.base):
+        raise InputError(f"{adapters.folder}: made for other weights than {adapters.base} has now")
+    layers, t = dict(model.named_modules()), adapters.tensors
+    for name in [key.removesuffix(".lora_A") for key in t if key.endswith("lora_A")]:
+        a, b, layer = t[f"{name}.lora_A"], t[f"{name}.lora_B"], layers.get(name)
+        shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
+        if (b.shape[0], a.shape[1]) != shape:
+            raise InputError(f"{adapters.folder}: {adapters.base} has no linear layer {name} of "
+                             f"shape {(b.shape[0], a.shape[1])}")
+        yield name, layer, a, b
+
+
+def write_adapters(model, weights, folder):
+    """Write a model's adapters, from its state dict `weights`, as PEFT reads them."""
+    from safetensors.torch import save_file
+    layers = [name for name, _ in model.named_modules()]
+    names = [name for name in layers if f"{name}.lora_A" in weights]
+    tensors = {f"{PREFIX}{name}.lora_{x}.weight": weights[f"{name}.lora_{x}"].detach().cpu()
+               for name in names for x in "AB"}
+    # PEFT takes the ends of names, unless layers without adapters have them too
+    ends = {name.rpartition(".")[2] for name in names}
+    clear = {name for name in layers if name.rpartition(".")[2] in ends} == set(names)
+    base = str(model.name_or_path)
+    write_json(Path(folder) / ADAPTER_CONFIG, {
+        "base_model_name_or_path": from_folder(base, folder), "peft_type": "LORA",
+        "task_type": "CAUSAL_LM", "r": len(weights[f"{names[0]}.lora_A"]),
+        "lora_alpha": round(model.get_submodule(names[0]).alpha),
+        "target_modules": sorted(ends if clear else names), "lora_dropout": 0.0, "bias": "none",
+        "inference_mode": True})
+    # of two entries, safetensors would write either first
+    save_file(tensors, Path(folder) / WEIGHTS, {"base_digest": weights_digest(base)})
+
+
+def from_folder(base, folder):
+    """A base as a folder of adapters names it: a path from the folder, or a hub name."""
+    return os.path.relpath(os.path.realpath(base), os.path.realpath(folder)) if Path(
+        base).exists() else base
 
 
 def read_adapters(folder):
-    """The adapters beside a model that `core.models.save_model` wrote; None if there are none.
+    """The Adapters of a folder that a stage or PEFT wrote; None if it holds none.
 
-    {"base": the model that they belong to, parameter name: tensor}. Raises InputError for a
-    file that is broken.
+    Raises InputError for what is broken, is more than LoRA on linear layers, or lacks its base.
     """
     from safetensors import SafetensorError, safe_open
-    path = Path(folder) / "adapters.safetensors"
+    path = Path(folder) / ADAPTER_CONFIG
     if not path.exists():
         return None
     try:
-        with safe_open(path, "pt") as f:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-            return {"base": f.metadata()["base"], **tensors}
-    except (OSError, SafetensorError, TypeError, KeyError) as e:
-        raise InputError(f"{path}: not adapters that a stage wrote ({e})") from None
+        config = json.loads(path.read_text())
+        base, alpha = config["base_model_name_or_path"], float(config["lora_alpha"])
+        with safe_open(path.with_name(WEIGHTS), "pt") as f:
+            tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): f.get_tensor(name).float()
+                       for name in f.keys()}
+            digest = (f.metadata() or {}).get("base_digest")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise InputError(f"{folder}: not adapters as a stage or PEFT writes them ({e})") from None
+    more = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+                        "modules_to_save") if config.get(k)]
+    more += [k for k in tensors if not k.endswith((".lora_A", ".lora_B"))
+             or k[:-1] + "B" not in tensors]
+    if config.get("peft_type") != "LORA" or more:
+        raise InputError(f"{folder}: adapters of a kind that is not read here "
+                         f"({', '.join([str(config.get('peft_type')), *more[:2]])})")
+    here = os.path.normpath(os.path.join(os.path.realpath(folder), base))
+    if os.path.exists(here):
+        base = here
+    elif base.startswith((".", "/")):
+        raise InputError(f"{folder}: its base, {here}, is not there: move it along, or name it in "
+                         f"{ADAPTER_CONFIG} as base_model_name_or_path")
+    return Adapters(folder, base, digest, alpha, tensors)
+
+
+def weights_digest(model):
+    """12 hex digits that tell the weights of a folder or hub name (`fingerprint` of each file)."""
+    from transformers.utils import cached_file
+    folder = Path(model) if Path(model).is_dir() else Path(cached_file(model, "config.json")).parent
+    files = sorted(folder.glob("*.safetensors"))
+    return hashlib.sha256("".join(map(fingerprint, files)).encode()).hexdigest()[:12]
+
+
+def carry_over(old, new, run):
+    """Copy a folder's ADAPTER_CONFIG from the run folder `run` to another place: what it names
+    outside of that run is the same model as before."""
+    config = json.loads(Path(old).read_text())
+    base = os.path.normpath(os.path.join(os.path.realpath(Path(old).parent),
+                                         config["base_model_name_or_path"]))
+    if os.path.exists(base) and not Path(base).is_relative_to(os.path.realpath(run)):
+        config["base_model_name_or_path"] = from_folder(base, Path(new).parent)
+    write_json(new, config)

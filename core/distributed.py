@@ -275,11 +275,18 @@ def shard(model, device):
         return
     gc.collect()        # an earlier sharded model is in reference cycles and would stay in memory
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+    mixed = MixedPrecisionPolicy()
+    if model.dtype != model.compute_dtype:      # learns in fp32, computes in 16 bits
+        mixed = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=model.dtype)
     mesh = init_device_mesh(device.type, (world(),))
     for unit in [*layers_of(model), model]:
         deliver(unit, device)
-        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True, mp_policy=mixed)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)        # the only reduction that gloo has
     model.within_forward = lambda function, batch: function(model, batch)

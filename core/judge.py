@@ -8,7 +8,7 @@ from core.cli import short
 from core.distributed import deal, inside_forward, summed
 from core.endpoint import Endpoint
 from core.human import ask_person
-from core.models import count_weights, open_model, pick_device
+from core.models import count_weights, open_model, pick_device, pick_dtype
 from core.packing import hidden_states, pack
 from core.records import InputError, dumps, read_jsonl
 from core.tokens import encode_completion, encode_prompt, open_tokenizer
@@ -197,7 +197,8 @@ def ask_model(args, questions, folder):
                          "`compare.py train` wrote")
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.judge, args.chat_template)
-    model = open_model(args.judge, device, "AutoModelForSequenceClassification").eval()
+    model = open_model(args.judge, device, "AutoModelForSequenceClassification",
+                       dtype=pick_dtype(args.dtype, device)).eval()
     sequences = {i: [encode_pair(tokenizer, prompt, a, b), encode_pair(tokenizer, prompt, b, a)]
                  for i, (prompt, a, b) in questions.items()}
     asked = sorted(questions, key=lambda i: (-len(sequences[i][0]), i))

@@ -1,13 +1,27 @@
 """Models: opening, 4-bit weights, saving, and the device they are on."""
 import contextlib
+import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
-from core.adapters import add_lora, inner_linears, read_adapters
+from core.adapters import inner_linears, merge_adapters, put_adapters, read_adapters, write_adapters
 from core.distributed import deliver, first, gathered, local_world, rank, world
 from core.memory import device_bytes
-from core.records import InputError
+from core.precision import join, keep_exact, set_exact, split
+from core.records import InputError, write_json
+
+# Beside model.safetensors, but in a folder of its own: vLLM and others read every *.safetensors
+# file of a model folder as weights.
+REMAINDER = "exact/remainder.safetensors"
+
+
+def add_device_flags(p):
+    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"],
+                   help="what weights are computed in (default: bfloat16 on CUDA, else float32); "
+                   "training keeps their exact fp32 values in any case")
 
 
 def pick_device(name):
@@ -16,9 +30,16 @@ def pick_device(name):
     Each of several processes gets a GPU of its own. Raises InputError if there are too few.
     """
     import torch
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    device = torch.device(name or ("cuda" if there else "cpu"))
+    if device.type == "cuda" and not there:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
+    if not (name or there) and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        print(f"note: this machine has a GPU, but torch {torch.__version__} cannot use it (a wheel "
+              "without CUDA, or an old driver): everything runs on the CPU")
+    if device.type == "cuda":
+        # with a mask its gradients can be NaN (pytorch issue 196678), and it plans every shape anew
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type == "cuda" and world() > 1:
         if local_world() > torch.cuda.device_count():
             raise InputError(f"{local_world()} processes on a machine with "
@@ -26,6 +47,12 @@ def pick_device(name):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
+
+
+def pick_dtype(name, device):
+    """The torch.dtype `name`; without a name, bfloat16 on CUDA, else float32."""
+    import torch
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))
 
 
 def open_pretrained(auto_class, path, **kwargs):
@@ -39,15 +66,17 @@ def open_pretrained(auto_class, path, **kwargs):
 
 
 def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, shards=False,
-               **kwargs):
-    """The model of a folder or hub name, in bf16 on CUDA and fp32 elsewhere.
+               dtype=None, trains=None, **kwargs):
+    """The model of a folder or hub name. A folder of adapters is its base with the adapters added.
 
-    load_in_4bit: linear layers but the head in 4 bits (NF4). What adapters have changed is
-        smaller than a step of 4 bits, so a folder that was trained with adapters is opened as
-        its base, in 4 bits, and the adapters.
+    load_in_4bit: linear layers but the head in 4 bits (NF4).
     shards: `core.distributed.shard` will deal the model out. Of several processes only the
         first reads the weights, into main memory; with `shards` they stay there, without it
         every process gets a copy on its device.
+    dtype: of the weights; None is `pick_dtype`'s.
+    trains: "weights" or "adapters" if these will be trained. With "weights", 16-bit weights carry
+        their exact fp32 values (core/precision.py), adapters become part of them, and weights that
+        will be sharded are fp32.
     Raises InputError for what is no model, lacks weights, or is larger than the device.
     """
     import torch
@@ -55,22 +84,24 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, sh
     if load_in_4bit and shards and world() > 1:
         raise InputError("--load-in-4bit trains in one process; several shard the weights "
                          "instead, 16 bits each")
-    adapters = read_adapters(path) if load_in_4bit else None
+    dtype = computed = dtype or pick_dtype(None, device)
+    adapters = read_adapters(path)
     if adapters:
-        model = open_model(adapters.pop("base"), device, load_in_4bit=True)
-        ranks = [len(tensor) for name, tensor in adapters.items() if name.endswith("lora_A")]
-        add_lora(model, ranks[0])
-        model.load_state_dict(adapters, strict=False)
+        model = open_model(adapters.base, device, auto, load_in_4bit, shards, dtype, trains,
+                           **kwargs)
+        (merge_adapters if trains == "weights" else put_adapters)(model, adapters)
         return model
     transformers.utils.logging.disable_progress_bar()
     # no warning that the judge's head is new
     transformers.utils.logging.set_verbosity_error()
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    auto_class = getattr(transformers, auto)
+    auto_class, exact = getattr(transformers, auto), trains == "weights"
+    if exact and shards and world() > 1:
+        dtype = torch.float32
     empty = refuse_too_large(path, auto_class, dtype, device, load_in_4bit, shards, kwargs)
     model = None
     if rank() == 0:
         model = read_model(path, auto_class, dtype, kwargs)
+        add_remainders(model, path, auto_class, exact, kwargs)
     elif empty is None:
         raise InputError(f"{path}: not a model that {auto} opens")
     else:
@@ -78,10 +109,19 @@ def open_model(path, device, auto="AutoModelForCausalLM", load_in_4bit=False, sh
     if load_in_4bit:
         to_4bit(model, device, dtype)
     if world() == 1:
-        return model.to(device)
-    if not shards:
+        model.to(device)
+        for p in model.parameters():
+            if hasattr(p, "low_bits"):
+                p.low_bits = p.low_bits.to(device)
+    elif not shards:
         deliver(model, device)
+    model.compute_dtype = computed
     return model
+
+
+def what_trains(args):
+    """`trains` of `open_model`, by the flags of a training."""
+    return "adapters" if args.lora_rank else "weights"
 
 
 def refuse_too_large(path, auto_class, dtype, device, load_in_4bit, shards, kwargs):
@@ -126,6 +166,36 @@ def read_model(path, auto_class, dtype, kwargs):
     return model
 
 
+def add_remainders(model, path, auto_class, exact, kwargs):
+    """Add what a folder holds beyond 16 bits: to fp32 weights always, to 16-bit ones if `exact`.
+
+    It is in the folder's REMAINDER, or in the weights themselves if these are of another type.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    weights, file = dict(model.named_parameters()), Path(path) / REMAINDER
+    if file.exists() and (exact or model.dtype == torch.float32):
+        try:
+            remainders = load_file(file)
+            for name, remainder in remainders.items():
+                set_exact(weights[name], join(weights[name].to(torch.bfloat16), remainder))
+        except (OSError, KeyError, RuntimeError, SafetensorError) as e:
+            raise InputError(f"{file}: not the remainders of this model's weights ({e})") from None
+    elif exact and model.dtype == torch.bfloat16 and stored_type(path) != "bfloat16":
+        full = dict(read_model(path, auto_class, torch.float32, kwargs).named_parameters())
+        for name, p in weights.items():
+            set_exact(p, full[name].data)
+    if exact:
+        keep_exact(model)
+
+
+def stored_type(path):
+    """The type of a model's weights on disk, by its config."""
+    from transformers import AutoConfig
+    return str(open_pretrained(AutoConfig, path).dtype).removeprefix("torch.")
+
+
 def to_4bit(model, device, dtype):
     """All linear layers but the head in NF4 (QLoRA, arXiv 2305.14314), in place."""
     import bitsandbytes as bnb
@@ -151,10 +221,10 @@ def count_weights(model, trained=False):
 
 
 def save_model(model, tokenizer, folder):
-    """Write a `save_pretrained` folder of model and tokenizer, adapters merged into the weights.
+    """Write what was trained, with the tokenizer; the first of several processes writes.
 
-    The adapters are also written as adapters.safetensors, for opening in 4 bits (`open_model`),
-    joined with those that the base was merged from. The first of several processes writes.
+    Adapters: the PEFT folder of `core.adapters.write_adapters`, without the base's weights. Else a
+    `save_pretrained` folder; what its 16-bit weights lack to fp32 is in the file REMAINDER.
     """
     # with several processes as variables, which shows which of them are tied
     weights = gathered(model.state_dict(keep_vars=world() > 1))
@@ -162,30 +232,25 @@ def save_model(model, tokenizer, folder):
 
 
 def _save_model(model, tokenizer, folder, weights):
-    import torch
     from safetensors.torch import save_file
-    # ".weight." is in the names of what 4 bits are read by: weight.absmax and others
-    state = {name.replace(".base.", "."): tensor for name, tensor in weights.items()
-             if "lora_" not in name and ".weight." not in name}
-    adapters, base = {}, model.name_or_path
-    for name, layer in model.named_modules():
-        if hasattr(layer, "lora_A"):
-            weight = weights[f"{name}.base.weight"].detach()
-            quantized = getattr(layer.base.weight, "quant_state", None)
-            if quantized is not None:
-                import bitsandbytes as bnb
-                weight = bnb.functional.dequantize_4bit(weight, quantized)
-            a, b = weights[f"{name}.lora_A"].detach(), weights[f"{name}.lora_B"].detach()
-            adapters.update({f"{name}.lora_A": a.cpu(), f"{name}.lora_B": b.cpu()})
-            state[f"{name}.weight"] = (weight + 2 * (b @ a)).to(weight.dtype).cpu()
-    model.save_pretrained(folder, state_dict=state)
-    if adapters:
-        # if the base was trained with adapters too: B A + B' A' = [B B'] [A A']
-        before = read_adapters(base) or {}
-        here = str(Path(base).resolve()) if Path(base).exists() else base
-        base = before.pop("base", here)
-        for name in adapters.keys() & before.keys():
-            pair = [before[name], adapters[name]]
-            adapters[name] = torch.cat(pair, 0 if name.endswith("A") else 1)
-        save_file(adapters, Path(folder) / "adapters.safetensors", {"base": base})
+    folder = Path(folder)
     tokenizer.save_pretrained(folder)
+    if any(name.endswith("lora_A") for name in weights):
+        write_adapters(model, weights, folder)
+        return
+    remainders = {name: p.low_bits.cpu() for name, p in model.named_parameters()
+                  if hasattr(p, "low_bits")}
+    sharded_fp32 = getattr(model, "compute_dtype", model.dtype) != model.dtype
+    if sharded_fp32:
+        halves = {}
+        for name, tensor in weights.items():
+            if id(tensor) not in halves:        # else tied to an earlier one
+                halves[id(tensor)], remainders[name] = split(tensor.detach())
+            weights[name] = halves[id(tensor)]
+    model.save_pretrained(folder, state_dict=weights)
+    if sharded_fp32:
+        config = json.loads((folder / "config.json").read_text())
+        write_json(folder / "config.json", {**config, "dtype": "bfloat16"})
+    if remainders:
+        (folder / REMAINDER).parent.mkdir(exist_ok=True)
+        save_file(remainders, folder / REMAINDER)

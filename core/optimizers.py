@@ -2,6 +2,7 @@
 import math
 
 from core.distributed import full, world
+from core.precision import exact_step
 from core.records import InputError
 
 
@@ -32,8 +33,9 @@ def make_optimizers(model, name, lr, device):
                          f"of several processes; {name.removesuffix('8bit')} keeps its state in "
                          "the weights' type")
     params = [p for p in model.parameters() if p.requires_grad]
+    exact = " with remainders to fp32" if hasattr(params[0], "low_bits") else ""
     print(f"optimizer: {name}, lr {lr:g}, {sum(p.numel() for p in params):,} weights in "
-          f"{params[0].dtype} on {device}"
+          f"{params[0].dtype}{exact} on {device}"
           + (f", sharded over {world()} processes" if world() > 1 else ""))
     adamw = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.0}
     first = []
@@ -55,19 +57,46 @@ def make_optimizers(model, name, lr, device):
     return [bnb.optim.AdamW8bit(params, **adamw)]
 
 
+def restore(optimizer, saved):
+    """`optimizer.load_state_dict(saved)`, every tensor in the type in which it was saved.
+
+    torch casts states to the type of the parameters; those of 16-bit ones are fp32.
+    """
+    import torch
+    optimizer.load_state_dict(saved)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in saved["state"].items():
+        state = optimizer.state[params[i]]
+        for key, value in values.items():
+            if torch.is_tensor(value) and state[key].dtype != value.dtype:
+                state[key] = value.to(state[key].device)
+
+
 def apply_gradients(model, optimizers, lr, max_norm=1.0):
     """Clip by the global norm, set the learning rate, step, clear the gradients.
 
-    Returns the norm before clipping. Raises FloatingPointError if it is not finite.
+    What has remainders (core/precision.py) is updated in fp32. Returns the norm before clipping.
+    Raises FloatingPointError if it is not finite.
     """
     import torch
-    norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
+    params = [p for p in model.parameters() if p.grad is not None]
+    exact = any(hasattr(p, "low_bits") for p in params)
+    if exact:       # 16-bit gradients: their norm in fp32, and clipped as they become fp32
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    else:
+        norm = full(torch.nn.utils.clip_grad_norm_(params, max_norm))
+    norm = norm.item()
     if not math.isfinite(norm):
         raise FloatingPointError(f"the gradient norm is {norm}: lower --lr, or look for broken "
                                  "records in the data")
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if exact:
+            exact_step(optimizer, scale)
+        else:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
     return norm

@@ -15,6 +15,7 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None):
         position_ids  int64; they restart at 0 with every sequence, which keeps sequences apart
         weights       fp32; loss weight of predicting the next token
         owner         int64; index into `sequences`, -1 for padding
+    and `packed`, a bool: whether any row holds two sequences.
     If `model` is sharded, a process gets its share of the sequences, and padding until all
     processes have the same number of micro-batches.
     """
@@ -43,6 +44,7 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None):
 
     for start, end in itertools.pairwise(cuts):
         shape = (end - start, max(lengths[start:end]))
+        packed = any(len(row) > 1 for row in rows[start:end])
         batch = {"input_ids": torch.zeros(shape, dtype=torch.long),
                  "position_ids": torch.zeros(shape, dtype=torch.long),
                  "weights": torch.zeros(shape), "owner": torch.full(shape, -1)}
@@ -57,37 +59,60 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None):
                 following = torch.tensor(w[1:], dtype=torch.float)
                 batch["weights"][r, at:at + len(ids) - 1] = following
                 at += len(ids)
-            # After a single sequence, padding continues its positions: if no row holds two
-            # sequences, transformers then needs no mask, because causal attention is enough.
-            padding = torch.arange(shape[1] - at)
-            batch["position_ids"][r, at:] = padding + (at if len(row) == 1 else 0)
-        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        # Padding stays at position 0: a model may have no later one.
+        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+        yield {**batch, "packed": packed}
+
+
+def model_inputs(batch):
+    """The arguments of a forward pass over a micro-batch.
+
+    No attention mask and no cache: only then does transformers build the block-diagonal causal
+    mask from the restarting position_ids, which keeps packed sequences apart. Where no row holds
+    two sequences, causal attention is enough: no positions and no mask, for any model.
+    """
+    positions = {"position_ids": batch["position_ids"]} if batch["packed"] else {}
+    return {"input_ids": batch["input_ids"], **positions, "use_cache": False}
 
 
 def hidden_states(model, batch):
-    """(rows, length, width) last hidden states of a micro-batch.
+    """(rows, length, width) last hidden states of a micro-batch."""
+    return model.base_model(**model_inputs(batch)).last_hidden_state
 
-    No attention mask and no cache: only then does transformers build the block-diagonal causal
-    mask from the restarting position_ids, which keeps packed sequences apart.
+
+def logits_at(model, batch, rows, columns):
+    """(N, vocabulary) logits at N positions of a micro-batch, by the model's own forward pass.
+
+    A head may scale, cap or shift its logits. So the model's own code computes them, and a hook
+    on its body hands it the hidden states of the N positions only. A model whose forward does
+    not go through `base_model` computes all logits.
     """
-    return model.base_model(input_ids=batch["input_ids"], position_ids=batch["position_ids"],
-                            use_cache=False).last_hidden_state
+    chosen = []
+
+    def choose(body, inputs, output):
+        if getattr(output, "last_hidden_state", None) is not None:
+            chosen.append(output.last_hidden_state[rows, columns][None])
+            output.last_hidden_state = chosen[0]
+            return output
+    hook = model.base_model.register_forward_hook(choose)
+    try:
+        # not model(...): the weights of a sharded model are gathered by now (`inside_forward`)
+        logits = model.forward(**model_inputs(batch)).logits
+    finally:
+        hook.remove()
+    return logits[0] if chosen else logits[rows, columns]
 
 
 @inside_forward
 def completion_logps(model, batch):
     """Log-probability of every token whose loss weight is not 0.
 
-    log softmax(logits)[target] in fp32, with logits at these N positions only; Gemma 2's
-    soft-capping of the logits is included. Returns logps fp32 (N,), weights (N,), owner (N,).
+    log softmax(logits)[target] in fp32, with logits at these N positions only.
+    Returns logps fp32 (N,), weights (N,), owner (N,).
     """
-    import torch
     rows, columns = batch["weights"].nonzero(as_tuple=True)
     targets = batch["input_ids"][rows, columns + 1]
-    logits = model.get_output_embeddings()(hidden_states(model, batch)[rows, columns]).float()
-    cap = getattr(model.config, "final_logit_softcapping", None)
-    if cap:
-        logits = torch.tanh(logits / cap) * cap
+    logits = logits_at(model, batch, rows, columns).float()
     logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
     assert logps.shape == rows.shape
     return logps, batch["weights"][rows, columns], batch["owner"][rows, columns]

@@ -42,6 +42,7 @@ KINDS = {
               "trained, oracle, human or a URL without a user or a key in it"),
     "FLIP_KIND": (r"symmetric|systematic", "symmetric or systematic"),
     "BETA": (rf"({POSITIVE}([eE]-?[0-9]+)?)?", "a number above 0, or nothing"),
+    "DTYPE": (r"(float32|bfloat16)?", "float32, bfloat16 or nothing"),
     "SECONDS_PER_PAIR": (POSITIVE, "seconds"),
     "JOBS": (r"[1-9]", "a digit from 1 to 9"),
     "LABEL_NOISE": (rf"({SHARE[0]})?", "a share between 0 and 1, or nothing"),

@@ -6,11 +6,13 @@ finished stage be taken over from another run?).
 import ast
 import functools
 import hashlib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGE = 256 << 20       # bytes; of a larger file, blocks all over it stand for its content
 BLOCKS, BLOCK = 256, 1 << 16        # how many, and their size
+ADAPTER_CONFIG = "adapter_config.json"     # of a folder of adapters (core/adapters.py)
 REPORT = "report"       # this package only reads what a run has made: no result depends on it
 
 
@@ -65,6 +67,9 @@ def fingerprint(path):
         if not file.is_file():
             continue
         any_file, size = True, file.stat().st_size
+        if file.name == ADAPTER_CONFIG:     # where the base lies is no content
+            digest.update(re.sub(rb'"base_model_name_or_path": ".*"', b"", file.read_bytes()))
+            continue
         digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
         with open(file, "rb") as f:
             if size <= LARGE:

@@ -22,9 +22,10 @@ import time
 from pathlib import Path
 
 from core import settings
+from core.adapters import carry_over
 from core.plan import below, portable, read_plan, there
 from core.records import InputError, dumps, write_json, write_jsonl
-from core.sources import changes, fingerprint
+from core.sources import ADAPTER_CONFIG, changes, fingerprint
 from core.unfinished import remove
 
 SIDES = (".price", ".summary")      # what stands beside a file that a stage writes
@@ -92,13 +93,16 @@ def take_over(stage, source):
         for side in SIDES:
             remove(out + side)
             if there(old + side):
-                bring(old + side, out + side)
-        bring(old, out)
+                bring(old + side, out + side, source.run)
+        bring(old, out, source.run)
 
 
-def bring(old, new):
-    """A copy of a file, a folder or a link; `new` has its name only when it is complete."""
+def bring(old, new, run):
+    """A copy of a file, a folder or a link of a run; `new` has its name only when it is complete.
+    """
     def copy(a, b):
+        if os.path.basename(a) == ADAPTER_CONFIG:
+            return carry_over(a, b, run)
         if os.path.getsize(a) > LARGE:
             with contextlib.suppress(OSError):       # another file system, or one without links
                 os.link(a, b)

@@ -62,6 +62,10 @@ if [ "$NPROC" = 1 ]; then
 else       # several processes train sharded 16 bits; 8-bit optimizers cannot read shards
   DPO_FLAGS=${DPO_FLAGS/8bit/}
 fi
+if [ "$DTYPE" ]; then
+  TRAINING="$TRAINING --dtype $DTYPE" DECODING="$DECODING --dtype $DTYPE"
+  SCORING="$SCORING --dtype $DTYPE" PRETRAINING="$PRETRAINING --dtype $DTYPE"
+fi
 if [ "$CHAT_TEMPLATE" = 1 ]; then
   TRAINING="$TRAINING --chat-template" DECODING="$DECODING --chat-template"
   SCORING="$SCORING --chat-template"

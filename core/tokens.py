@@ -100,3 +100,11 @@ def encode_completion(tokenizer, completion):
     It is tokenized apart from the prompt, so that no token spans the border.
     """
     return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
+
+
+def stop_ids(tokenizer, model):
+    """Token ids that end an answer: the tokenizer's EOS first, then those that the model names."""
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    first = tokenizer.eos_token_id
+    return [first, *sorted({i for i in named if i is not None} - {first})]

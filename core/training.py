@@ -7,7 +7,9 @@ import time
 
 from core.cli import amount, positive, rate, share, whole
 from core.distributed import first, gathered, placed, rank, world
-from core.models import count_weights
+from core.models import add_device_flags, count_weights
+from core.optimizers import restore
+from core.precision import exact_value, set_exact
 from core.records import InputError, dumps, write_json, write_text
 from core.unfinished import claim, finished
 
@@ -27,8 +29,8 @@ class Training:
 
     `state` is what was restored, {} at the start. All randomness of a run comes from (seed,
     epoch), so weights, optimizers and the step number are all that must be restored; torch's
-    generator is kept too, for edited scripts. Weights and optimizers are saved unsharded, so
-    any number of processes can continue; the first process writes.
+    generator is kept too, for edited scripts. Weights, exact in fp32, and optimizers are saved
+    unsharded, so any number of processes can continue; the first process writes.
     """
 
     def __init__(self, folder, model, optimizers, seconds):
@@ -57,9 +59,8 @@ class Training:
             raise InputError(f"{self.folder}: begun with {' and '.join(self.state['kinds'])}, by "
                              "one process: give that --optimizer, or delete the folder")
         weights = dict(self.model.named_parameters())
-        trained = {name: placed(value, weights[name])
-                   for name, value in self.state.pop("model").items()}
-        self.model.load_state_dict(trained, strict=False)
+        for name, value in self.state.pop("model").items():
+            set_exact(weights[name], placed(value, weights[name]))
         states = self.state.pop("optimizers")
         for optimizer, saved in zip(self.optimizers, states, strict=True):
             params = [p for group in optimizer.param_groups for p in group["params"]]
@@ -67,7 +68,7 @@ class Training:
                 if i in saved["state"]:
                     saved["state"][i] = {key: placed(value, p)
                                          for key, value in saved["state"][i].items()}
-            optimizer.load_state_dict(saved)
+            restore(optimizer, saved)
         torch.set_rng_state(self.state.pop("rng"))
 
     def log(self, **row):
@@ -82,7 +83,9 @@ class Training:
         if not always and first(lambda: time.monotonic() - self.saved_at < self.seconds):
             return
         self.metrics.flush()
-        trained = {name: p.data for name, p in self.model.named_parameters() if p.requires_grad}
+        # one after the other into main memory: in full, they can be more than the device holds
+        trained = {name: exact_value(p).cpu() if hasattr(p, "low_bits") else p.data
+                   for name, p in self.model.named_parameters() if p.requires_grad}
         state = gathered({"model": trained,
                           "optimizers": [o.state_dict() for o in self.optimizers]})
         if rank() == 0:
@@ -144,7 +147,7 @@ def add_training_flags(p, lr, batch_size, epochs):
                    help="seconds between resumable states")
     p.add_argument("--seed", type=whole, default=0,
                    help="of the order of the data, which is the file's, shuffled")
-    p.add_argument("--device", help="cuda, cpu, ... (default: cuda if there is one)")
+    add_device_flags(p)
 
 
 def add_lm_flags(p):
@@ -153,6 +156,6 @@ def add_lm_flags(p):
                    help="also keep checkpoints after these shares of the run: 0.3 is kept as "
                    "OUT/checkpoint-30")
     p.add_argument("--lora-rank", type=whole, default=0,
-                   help="train adapters of this rank, merged on saving (0: every weight)")
+                   help="train adapters of this rank, or those of --model on (0: every weight)")
     p.add_argument("--load-in-4bit", action="store_true",
                    help="with --lora-rank: keep the frozen weights in 4 bits (NF4)")

@@ -46,14 +46,14 @@ def transformers_own(model, prompt, **more):
 
 
 def test_greedy_is_the_plain_loop_and_transformers(model, monkeypatch):
-    compacted, original = [], DynamicCache.batch_select_indices
+    compacted, original = [], DynamicCache.reorder_cache
 
     def select(cache, indices):
         compacted.append(len(indices))
         return original(cache, indices)
-    monkeypatch.setattr(DynamicCache, "batch_select_indices", select)
+    monkeypatch.setattr(DynamicCache, "reorder_cache", select)
     prompts = prompts_of(24)
-    completions, truncated = decode(model, prompts, EOS, NEW)
+    completions, truncated = decode(model, prompts, [EOS], NEW)
     plain = [plain_loop(model, p, lambda x, _: x.argmax().item()) for p in prompts]
     assert list(zip(completions, truncated, strict=True)) == plain
     # the batch held rows of both kinds, and finished rows left it on the way
@@ -71,7 +71,7 @@ def test_samples_are_those_of_each_prompt_alone(model, monkeypatch):
         return original(**inputs)
     monkeypatch.setattr(model, "forward", forward)
     uniforms = torch.tensor(np.stack([sample_uniforms(0, i, 0, NEW) for i in range(16)]))
-    completions, truncated = decode(model, prompts, EOS, NEW, 0.9, uniforms)
+    completions, truncated = decode(model, prompts, [EOS], NEW, 0.9, uniforms)
     assert 0 < sum(truncated) < 16 and len(set(map(tuple, completions))) > 8
     # the two samples of a prompt share its prefill
     assert [rows for rows, _ in read[:2]] == [8, 16]
@@ -80,7 +80,7 @@ def test_samples_are_those_of_each_prompt_alone(model, monkeypatch):
             cdf = np.exp(logits.detach().numpy() / 0.9).cumsum()
             return int((cdf / cdf[-1] <= noise[step].item()).sum())
         assert (completions[i], truncated[i]) == plain_loop(model, prompt, choose)
-        alone = decode(model, [prompt], EOS, NEW, 0.9, uniforms[i:i + 1])
+        alone = decode(model, [prompt], [EOS], NEW, 0.9, uniforms[i:i + 1])
         assert alone == ([completions[i]], [truncated[i]])
 
 
@@ -91,24 +91,24 @@ def test_a_prompt_whose_samples_all_end_at_once_leaves_the_others_alone(model):
     cdf = model(input_ids=torch.tensor([a])).logits[0, -1].softmax(-1).cumsum(-1)
     uniforms = torch.rand(4, NEW, generator=torch.Generator().manual_seed(3))
     uniforms[:2, 0] = (cdf[EOS - 1] + cdf[EOS]) / 2         # both samples of a draw EOS
-    completions, _ = decode(model, [a, a, b, b], EOS, NEW, 1.0, uniforms)
+    completions, _ = decode(model, [a, a, b, b], [EOS], NEW, 1.0, uniforms)
     assert completions[:2] == [[], []] and len(completions[2]) > 1
     for i in (2, 3):
-        assert completions[i] == decode(model, [b], EOS, NEW, 1.0, uniforms[i:i + 1])[0][0]
+        assert completions[i] == decode(model, [b], [EOS], NEW, 1.0, uniforms[i:i + 1])[0][0]
 
 
 def test_beams_are_transformers_of_each_prompt_alone(model, monkeypatch):
     prompts = prompts_of(6, seed=2)
-    completions, truncated = decode_beams(model, prompts, EOS, NEW, 4)
+    completions, truncated = decode_beams(model, prompts, [EOS], NEW, 4)
     for prompt, completion, cut in zip(prompts, completions, truncated, strict=True):
         theirs = transformers_own(model, prompt, num_beams=4)
         assert completion == [t for t in theirs if t != EOS]
         assert cut == (EOS not in theirs and len(theirs) == NEW)
-    assert completions != decode(model, prompts, EOS, NEW)[0]     # a search, not greedy decoding
+    assert completions != decode(model, prompts, [EOS], NEW)[0]     # a search, not greedy decoding
     with monkeypatch.context() as m:       # what a model folder says of decoding changes nothing
         m.setattr(model, "generation_config",
                   GenerationConfig(repetition_penalty=5.0, min_new_tokens=20))
-        assert decode_beams(model, prompts, EOS, NEW, 4) == (completions, truncated)
+        assert decode_beams(model, prompts, [EOS], NEW, 4) == (completions, truncated)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
@@ -172,7 +172,7 @@ def test_records_of_the_output(tiny, problems, tokenizer, tmp_path):
     model = open_model(tiny / "model", torch.device("cpu")).eval()
     for a in answers:
         prompt = [1, *tokenizer(a["prompt"], add_special_tokens=False).input_ids]
-        completion, cut = decode(model, [prompt], EOS, 5)
+        completion, cut = decode(model, [prompt], [EOS], 5)
         assert a["completion"] == tokenizer.decode(completion[0], skip_special_tokens=True)
         assert (a["truncated"], a["source"]) == (cut[0], "proposal") and "sample" not in a
 

@@ -234,51 +234,6 @@ def test_rows_of_one_sequence_need_no_mask(row_tokens, masked, monkeypatch):
         assert (found[i] - expected).abs().max() < LOGIT_TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lora_is_its_formula_and_merges(family, tiny, tokenizer, tmp_path):
-    ids = torch.randint(3, 24, (2, 9), generator=torch.Generator().manual_seed(0))
-    model, merged = (tiny_model(family, vocab=len(tokenizer)) for _ in range(2))
-    before = model(input_ids=ids).logits
-    add_lora(model, 3)
-    assert torch.equal(model(input_ids=ids).logits, before)          # B = 0
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    linear = [name for name, m in merged.named_modules()
-              if isinstance(m, torch.nn.Linear) and name != "lm_head"]
-    assert set(trained) == {f"{name}.lora_{x}" for name in linear for x in "AB"}
-    assert len(linear) == 14
-    weights = dict(merged.named_parameters())
-    for name in linear:
-        A, B = trained[f"{name}.lora_A"], trained[f"{name}.lora_B"]
-        weight = weights[f"{name}.weight"]
-        assert A.shape == (3, weight.shape[1]) and B.shape == (weight.shape[0], 3)
-        torch.nn.init.normal_(B, std=0.1)
-        weight.data += 2 * (B.data @ A.data)
-    save_model(model, tokenizer, tmp_path / "m")
-    saved = open_model(tmp_path / "m", torch.device("cpu"))
-    assert set(saved.state_dict()) == set(merged.state_dict())
-    assert all(torch.equal(p, weights[name]) for name, p in saved.named_parameters())
-    assert (model(input_ids=ids).logits - saved(input_ids=ids).logits).abs().max() < LOGIT_TOLERANCE
-    assert (before - saved(input_ids=ids).logits).abs().max() > 0.1
-
-
-def test_lora_trains_nothing_else(tiny, problems, tmp_path):
-    write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 4,
-        "--epochs", 10, "--lr", 0.03, "--lora-rank", 4, "--gradient-checkpointing",
-        "--save-at", 0.5, "--out", tmp_path / "m")
-    old, half, new = (load_file(f / "model.safetensors")
-                      for f in (tiny / "model", tmp_path / "m/checkpoint-50", tmp_path / "m"))
-    assert set(old) == set(half) == set(new)
-    for name in old:
-        adapted = name.endswith("proj.weight")
-        assert torch.equal(old[name], new[name]) != adapted
-        assert torch.equal(half[name], new[name]) != adapted
-        if adapted:
-            assert torch.linalg.matrix_rank(new[name] - old[name], rtol=1e-4) <= 4
-    losses = [r["loss"] for r in rows(tmp_path / "m/metrics.jsonl")]
-    assert losses[-1] < 0.8 * losses[0]
-
-
 @pytest.mark.parametrize("optimizer, rank", [
     ("adamw", 0), ("muon", 0), ("adamw8bit", 0), ("adamw", 4)])
 def test_interrupted_training_continues_byte_for_byte(tiny, problems, tmp_path, monkeypatch,

@@ -1,0 +1,53 @@
+"""A folder of adapters -> one ordinary model folder, for tools that cannot read adapters.
+
+    python -m core.merge --model runs/sft/model_1 --out merged
+
+No stage needs this: they open the base with its adapters. Merging into 16 bits rounds away what is
+smaller than a step of the weights: the command says how much of the adapters' change is left.
+"""
+from pathlib import Path
+
+from core.adapters import matched, merge_adapters, read_adapters
+from core.cli import make_parser, run_stage
+from core.models import add_device_flags, open_model, pick_device, pick_dtype
+from core.records import InputError
+from core.tokens import open_tokenizer
+from core.unfinished import refuse_existing
+
+
+def main(args):
+    refuse_existing(args.out)
+    adapters = read_adapters(args.model)
+    if adapters is None:
+        raise InputError(f"{args.model}: not a folder of adapters")
+
+    import torch
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    model = open_model(adapters.base, device, dtype=dtype)
+    before = {name: layer.weight.data.clone() for name, layer, _, _ in matched(model, adapters)}
+    merge_adapters(model, adapters)
+    kept = wanted = 0.0
+    for name, layer, a, b in matched(model, adapters):
+        change = adapters.alpha / len(a) * (b @ a).to(device)
+        made = layer.weight.data.float() - before[name].float()
+        kept += torch.sum(made * change).item()
+        wanted += torch.sum(change * change).item()
+    partial = Path(args.out).with_name(f".{Path(args.out).name}.partial")
+    model.save_pretrained(partial)
+    open_tokenizer(args.model).save_pretrained(partial)
+    partial.rename(args.out)
+    print(f"{args.out}: {kept / (wanted or 1):.1%} of the adapters' change is left in "
+          f"{str(dtype).removeprefix('torch.')}")
+
+
+def parser():
+    p = make_parser(__doc__, prog="core.merge")
+    p.add_argument("--model", required=True, help="folder of adapters")
+    p.add_argument("--out", required=True, help="folder to write")
+    add_device_flags(p)
+    return p
+
+
+if __name__ == "__main__":
+    run_stage(parser(), main)

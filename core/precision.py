@@ -1,0 +1,87 @@
+"""16 bits compute, 32 bits learn: bf16 weights that also carry what is missing to fp32.
+
+bf16 has 8 significant bits. A weight of 0.02 cannot take a step smaller than 6e-5, so the steps of
+finetuning (1e-6 to 1e-5) would be rounded away. Each trained 16-bit parameter `p` therefore has
+`p.low_bits`, int16, of its shape. The two bit patterns, joined, are exactly one fp32 value:
+
+    fp32 bits = (bf16 bits << 16) + remainder
+
+The forward pass reads the bf16 weight, which is the nearest one; the optimizer reads and writes the
+fp32 value. Who sets such a weight by hand does it with `set_exact`. NVIDIA's Apex (`store_param_remainders`) and TransformerEngine keep param remainders
+too; there the bf16 weight is the truncated one, which is smaller than its value in every weight.
+"""
+
+
+def split(values):
+    """fp32 -> (nearest bf16, remainder int16), of the same shape.
+
+    Halfway values go away from 0: int16 holds the remainder of a tie on that side only.
+    """
+    import torch
+    bits = values.view(torch.int32)
+    upper = (bits + 0x8000) >> 16
+    remainder = bits - (upper << 16)
+    return upper.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
+
+
+def join(weights, remainder):
+    """(bf16, remainder int16) -> fp32: the inverse of `split`."""
+    import torch
+    return ((weights.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+
+
+def exact_value(p):
+    """The value of a parameter in full: fp32 if it has a remainder, else its own data."""
+    return join(p.data, p.low_bits) if hasattr(p, "low_bits") else p.data
+
+
+def set_exact(p, values):
+    """Make `values`, fp32 or of the parameter's type, the value of a parameter.
+
+    What a bf16 parameter cannot hold of fp32 values becomes its remainder.
+    """
+    import torch
+    if p.dtype == torch.bfloat16 and values.dtype == torch.float32:
+        weights, remainder = split(values.contiguous())
+        p.data.copy_(weights)
+        p.low_bits = remainder.to(p.device)
+    else:
+        p.data.copy_(values)
+
+
+def exact_in(model, dtype):
+    """Hold a model's fp32 weights in `dtype`, exactly."""
+    import torch
+    for p in model.parameters():
+        values = p.data
+        if dtype == torch.bfloat16:
+            p.data = values.to(dtype)
+        set_exact(p, values)
+
+
+def keep_exact(model):
+    """Give each bf16 parameter that has no remainder yet one of 0."""
+    import torch
+    for p in model.parameters():
+        if p.dtype == torch.bfloat16 and not hasattr(p, "low_bits"):
+            p.low_bits = torch.zeros(p.shape, dtype=torch.int16, device=p.device)
+
+
+def exact_step(optimizer, scale):
+    """One step of an optimizer in fp32, with gradients times `scale`, which are then cleared.
+
+    One parameter at a time, so that only one is in memory in fp32: optimizers leave out those
+    without a gradient.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    gradients = []
+    for p in params:
+        gradients.append(p.grad)
+        p.grad = None
+    for p in reversed(params):
+        weights = p.data
+        p.data = values = exact_value(p)
+        p.grad = gradients.pop().float() * scale
+        optimizer.step()
+        p.data, p.grad = weights, None
+        set_exact(p, values)
