@@ -67,9 +67,7 @@ def train(args):
                        dtype=dtype, trains="weights", num_labels=2)
     model.config.id2label = dict(enumerate(judge.CLASSES))
     model.config.label2id = {name: i for i, name in enumerate(judge.CLASSES)}
-    if model.config.pad_token_id is None:
-        pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        model.config.pad_token_id = pad if pad is not None else eos
+    judge.set_padding(model, tokenizer)
     head = model.score.weight       # starts at probability 0.5, whatever the width
     set_exact(head, torch.zeros(head.shape))
     shard(model, device)
@@ -77,7 +75,7 @@ def train(args):
         model.gradient_checkpointing_enable()
     model.train()
     examples, stopping, reported = [judge.both_orders(tokenizer, s) for s in splits]
-    # PROBE
+    judge.probe_judge(model, [ids for ids, _ in examples], args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     check_memory(model, optimizers, args, device, 0)
     training = Training(folder, model, optimizers, args.state_every)

@@ -26,8 +26,9 @@ from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
+from core.probe import probe
 from core.records import InputError, read_jsonl
-from core.tokens import open_tokenizer
+from core.tokens import open_tokenizer, set_stops
 from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
 from core.unfinished import partial_path
 from tasks import get_task
@@ -144,7 +145,7 @@ def noise_rate(args):
 
 
 # ---------------------------------------------------------------- the stage
-def open_for_training(path, args, device):
+def open_for_training(path, args, device, tokenizer, pairs):
     """--model or --reference. As it starts the policy can be both: new adapters are 0, and the
     reference of those that are trained on is where they stood."""
     model = open_model(path, device, load_in_4bit=args.load_in_4bit, shards=True,
@@ -152,6 +153,8 @@ def open_for_training(path, args, device):
     if args.lora_rank and path == args.model:
         add_lora(model, args.lora_rank)
     shard(model, device)
+    set_stops(model, tokenizer)
+    probe(model, [side for pair in pairs for side in pair], args, device)
     return model
 
 
@@ -209,8 +212,7 @@ def main(args):
     # (N, 2): completion tokens of chosen and rejected; their log-probabilities under the reference
     lengths = torch.tensor([[sum(weights[1:]) for _, weights in pair] for pair in pairs],
                            device=device)
-    model = open_for_training(args.reference or args.model, args, device)
-    # PROBE
+    model = open_for_training(args.reference or args.model, args, device, tokenizer, pairs)
     if loss.reference:
         reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl")
         reference = reference.to(device)
@@ -218,7 +220,7 @@ def main(args):
         reference = torch.zeros_like(lengths)
     if args.reference:
         del model
-        model = open_for_training(args.model, args, device)
+        model = open_for_training(args.model, args, device, tokenizer, pairs)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()

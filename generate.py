@@ -124,14 +124,15 @@ def generate_file(args, model_path, data, out, half):
         for answered in deal(batches[log.batches_done:], answer_texts):
             log.append(answered)
             bar.update(len(answered))
+    # gc.freeze() in open_tokenizer keeps this frame, with its variables, if something raised there
+    weights, model = count_weights(model), None
     if rank():
         return
 
     # equal prompts of a batch are read once; every beam runs through the model
     read = sum(len(prompts[i]) for batch in batches for i in {i for i, _ in batch})
     write_json(f"{out}.price", {
-        "weights": count_weights(model),
-        "generated_tokens": args.num_beams * sum(r[4] for r in log.results),
+        "weights": weights, "generated_tokens": args.num_beams * sum(r[4] for r in log.results),
         "read_tokens": read})
     answers = [{**records[i], "completion": text, "source": args.source,
                 **({"sample": s} if args.num_samples > 1 else {}), "truncated": cut}
@@ -184,8 +185,7 @@ def parser():
     p.add_argument("--seed", type=whole, default=0, help="of the sampling noise and the halves")
     p.add_argument("--half", type=int, nargs="+", choices=[1, 2],
                    help="answer the records of one cross-labelling half only")
-    p.add_argument("--round", type=whole, default=0,
-                   help="refinement round: another one has other halves and other noise")
+    p.add_argument("--round", type=whole, default=0, help="each has its own halves and noise")
     p.add_argument("--source", default="model", help="the `source` of the answers")
     p.add_argument("--limit", type=whole, default=0, help="only the first N records (0: all)")
     p.add_argument("--load-in-4bit", action="store_true",

@@ -5,6 +5,7 @@
 #                                 gsm8k-70b, bird, saferpaca; or any file of tasks/
 #   bash run_ilr.sh --help        the settings, which are variables: ROUNDS=6 bash run_ilr.sh
 #   bash run_ilr.sh --dry-run     every stage's name and command, in order; nothing runs
+#   bash run_ilr.sh gsm8k --estimate     memory, disk and hours of each on an H100 (=A100, =4090)
 #   FROM=runs/a OUT=runs/b bash run_ilr.sh     take over from runs/a what an edit leaves unchanged
 #
 # A run that is started again skips what is complete and continues what was cut off.

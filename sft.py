@@ -28,8 +28,9 @@ from core.models import open_model, pick_device, pick_dtype, save_model, what_tr
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import completion_logps, pack
 from core.precision import exact_in
+from core.probe import probe
 from core.records import InputError, half_of, read_jsonl
-from core.tokens import encode_completion, encode_prompt, open_tokenizer
+from core.tokens import encode_completion, encode_prompt, open_tokenizer, set_stops
 from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
 from core.unfinished import partial_path
 from tasks import get_task
@@ -120,7 +121,8 @@ def main(args):
     model.train()
 
     sequences = encode_records(args, tokenizer, records)
-    # PROBE
+    set_stops(model, tokenizer)
+    probe(model, sequences, args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     labelled = sum(sum(w > 0 for w in weights) for _, weights in sequences)
     check_memory(model, optimizers, args, device, labelled / sum(len(s[0]) for s in sequences))

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from _bench import ROOT, SIZES, about, in_words, make_model, problems, ratio_cell, save, spread
 
+from core.roofline import KNOWN
+
 # ---------------------------------------------------------------- on paper
 # An H100 of 80 GB. Nothing here was measured on a GPU.
 FLOPS = 0.4 * 989e12        # bf16 operations a second: 40% of the peak, assumed for large models
@@ -31,23 +33,15 @@ ONE_LINK = 50e9             # of one such link
 DISK = 2e9                  # of the disk that the first process reads and writes models on
 START = 30                  # seconds until a stage that was started computes
 
-SHAPES = {
-    "2B": ("gemma", dict(hidden_size=2048, intermediate_size=16384, num_hidden_layers=18,
-                         num_attention_heads=8, num_key_value_heads=1, head_dim=256,
-                         vocab_size=256000)),
-    "7B": ("mistral", dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                           num_attention_heads=32, num_key_value_heads=8, vocab_size=32000,
-                           tie_word_embeddings=False)),
-    "70B": ("llama", dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
-                          num_attention_heads=64, num_key_value_heads=8, vocab_size=128256,
-                          tie_word_embeddings=False))}
+SHAPES = {"2B": KNOWN["gemma-2b"], "7B": KNOWN["Mistral-7B-v0.1"],
+          "70B": KNOWN["Meta-Llama-3-70B"]}
 WEIGHTS = {"2B": 2.51e9, "7B": 7.24e9, "70B": 70.6e9}
 
 # (operations for each weight and token, bytes for each weight and micro-batch).
 # Operations: 2 forward, 2 to recompute (checkpointing), 2 for the activations' gradients and,
 # unless only adapters learn, 2 for the weights'. Bytes: weights gathered in 16 bits forward and
-# backward and, unless only adapters learn, gradients scattered. Adapters themselves are few.
-FULL, LORA = (8, 6), (6, 4)
+# backward and, unless only adapters learn, gradients scattered in 32. Adapters themselves are few.
+FULL, LORA = (8, 8), (6, 4)
 
 RECORD = 200                # tokens of a GSM8K record
 ANSWER = 200                # decoding steps of a batch of answers
@@ -97,7 +91,7 @@ def answer_seconds(size, gpus, prompts, rows, bits=16):
 def hours(preset, gpus):
     """(training, answering, judging, starting and disk) hours of a run of three rounds.
 
-    preset: gsm8k or gsm8k-70b, with its default methods.
+    preset: gsm8k, every weight trained, or gsm8k-70b; with its default methods.
     """
     if preset == "gsm8k":
         weak, strong, kind, bits = "2B", "7B", FULL, 16
@@ -125,14 +119,16 @@ def hours(preset, gpus):
 
     models = 1 + 1 + rounds * 3 + rounds        # SFT, ceiling; halves and retraining; DPO
     opened = rounds * 2 + rounds + 8            # for proposals, samples, test answers
-    disk = 2 * (models * 2 + opened) * WEIGHTS[strong] / DISK       # trained from one, saved as one
+    # trained from 2 bytes a weight; saved as 4, with the remainders, or as adapters
+    bytes_a_weight = 2 * (models + opened) + (4 * models if kind is FULL else 0)
+    disk = bytes_a_weight * WEIGHTS[strong] / DISK
     stages = 10 + rounds * 6 + rounds * 4       # with a model: before the rounds, of ILR, of DPO
     return [s / 3600 for s in (training, answering, judging, disk + START * stages)]
 
 
 def planned(size, gpus, rank):
     """GB a GPU by the plan that a stage prints (core/memory.py): micro-batches of 4,096 tokens,
-    checkpointing, AdamW in 16 bits."""
+    checkpointing, AdamW with fp32 state."""
     import contextlib
     import io
     import re
@@ -152,7 +148,10 @@ def planned(size, gpus, rank):
           mock.patch.object(memory, "device_bytes", lambda device: math.inf)):
         with torch.device("meta"):
             config = AutoConfig.for_model(family, **shape)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            # what is sharded and trained is fp32, computed in 16 bits
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16 if rank else torch.float32)
+            model.compute_dtype = torch.bfloat16
             if rank:
                 adapters.add_lora(model, rank)
         weights = sum(p.numel() for n, p in model.named_parameters() if "lora" not in n)
@@ -164,7 +163,7 @@ def planned(size, gpus, rank):
 
 def paper():
     """Two tables: GB and hours for some numbers of GPUs; bytes, and where the knee is."""
-    lines = ["| GPUs of 80 GB | `gsm8k`, GB | hours | `gsm8k-70b`, GB | hours |",
+    lines = ["| GPUs of 80 GB | `LORA_RANK=0 gsm8k`, GB | hours | `gsm8k-70b`, GB | hours |",
              "| --- | --- | --- | --- | --- |"]
     for gpus in (2, 4, 8, 64):
         cells = []

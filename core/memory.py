@@ -5,7 +5,16 @@ import os
 from pathlib import Path
 
 from core.distributed import local_world, world
-from core.needs import NF4, activation_bytes, compute_size, plan, row_bytes, size_of, state_bytes
+from core.needs import (
+    NF4,
+    activation_bytes,
+    compute_size,
+    plan,
+    row_bytes,
+    rows_that_fit,
+    size_of,
+    state_bytes,
+)
 from core.records import InputError
 
 
@@ -75,12 +84,11 @@ def check_memory(model, optimizers, args, device, labelled):
 def decoding_rows(model, prompt_tokens, new_tokens, beams, device):
     """How many prompts fit the device's memory beside what is there already; at least 1.
 
-    prompt_tokens: of the longest one; new_tokens: the most that are generated. A tenth of what is
-    free is left alone: kernels' workspaces, and memory in pieces that are too small.
+    prompt_tokens: of the longest one; new_tokens: the most that are generated.
     """
     have = free_bytes(device) - (size_of(model.parameters()) if device.type == "cpu" else 0)
     row = row_bytes(model.config.get_text_config(), compute_size(model), prompt_tokens, new_tokens)
-    return max(1, int(0.9 * have / (beams * row)))
+    return rows_that_fit(have, row, beams)
 
 
 def lacks_memory(error):

@@ -237,6 +237,7 @@ def _save_model(model, tokenizer, folder, weights):
     tokenizer.save_pretrained(folder)
     if any(name.endswith("lora_A") for name in weights):
         write_adapters(model, weights, folder)
+        model.generation_config.save_pretrained(folder)     # what ends an answer
         return
     remainders = {name: p.low_bits.cpu() for name, p in model.named_parameters()
                   if hasattr(p, "low_bits")}

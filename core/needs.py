@@ -27,7 +27,7 @@ def shape_of(config):
         return next(filter(None, (getattr(config, name, None) for name in names)), default)
     h, heads = config.hidden_size, get("num_attention_heads", default=1)
     head = get("head_dim", default=h // heads)
-    inner = get("intermediate_size", "ffn_dim", default=4 * h)
+    inner = get("intermediate_size", "ffn_dim", "ffn_hidden_size", default=4 * h)
     experts = get("num_experts_per_tok", default=0)
     return Shape(h, config.num_hidden_layers, heads, heads * head,
                  get("num_key_value_heads", default=heads) * head,
@@ -48,33 +48,44 @@ def size_of(params, trained=False):
 
 
 # ---------------------------------------------------------------- training
-def activation_bytes(model, tokens, row_tokens, labelled, checkpointing):
-    """The most bytes of activations at once in a micro-batch of `tokens` tokens.
+def layer_bytes(model, row_tokens):
+    """(bytes a token that autograd keeps of a layer, those of them that are attention's scores).
 
-    model: may be on the meta device; row_tokens: of a row, whose attention mask has so many values
-    a token; labelled: share of the tokens whose logits are computed.
-
-    Per token, autograd keeps of a layer: of a norm its input in fp32, its output and, if its weight
-    is trained, what this is multiplied with; 5 a from the queries to the attention's output; 4 i of
-    the gated MLP; where attention is `eager`, its scores. A checkpointed layer keeps its input, and
-    one layer at a time all of this. To that comes the larger of two: at the head four fp32 values
-    for each logit (logits, their exponentials, two gradients); in a layer's backward pass two
-    tensors of the MLP's width, or one and a weight's gradient. tests/test_memory.py holds this
-    against every tensor of a forward and a backward pass.
+    Of a norm its input in fp32, its output and, if its weight is trained, what this is multiplied
+    with; 5 a from the queries to the attention's output; 4 i of the gated MLP; of the attention's
+    mask a row; where attention is `eager`, 8 bytes for each score.
     """
     config, size = model.config.get_text_config(), compute_size(model)
     s, layer = shape_of(config), (layers_of(model) or [model])[0]
-    frozen = not all(p.requires_grad for p in layer.parameters())
+    values_of_norm = 2 if all(p.requires_grad for p in layer.parameters()) else 1
     widths = [m.weight.numel() for m in layer.modules()
               if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
     normed = sum(s.h if n == s.h else (s.a + s.kv) / 2 for n in widths)      # else of a head's size
     eager = getattr(config, "_attn_implementation", "") == "eager"
-    a_token = (normed * (4 + (1 if frozen else 2) * size) + size * (5 * s.a + 4 * s.inner)
-               + row_tokens * (size + (8 * s.heads if eager else 0)))
+    scores = 8 * s.heads * row_tokens if eager else 0
+    return (normed * (4 + values_of_norm * size) + size * (5 * s.a + 4 * s.inner + row_tokens)
+            + scores), scores
+
+
+def activation_bytes(model, tokens, row_tokens, labelled, checkpointing):
+    """The most bytes of activations at once in a micro-batch of `tokens` tokens.
+
+    model: may be on the meta device; row_tokens: of a row; labelled: share of the tokens whose
+    logits are computed.
+
+    A checkpointed layer keeps its input, and one layer at a time all of `layer_bytes`. To that
+    comes the larger of two: at the head four fp32 values for each logit (logits, their
+    exponentials, two gradients) and what the last norm keeps; in a layer's backward pass two
+    gradients of its width and two tensors of the MLP's width, or one and the gradient of a weight;
+    or half of the scores again.
+    """
+    s, size = shape_of(model.config.get_text_config()), compute_size(model)
+    a_token, scores = layer_bytes(model, row_tokens)
+    trained = any(p.requires_grad for p in model.get_input_embeddings().parameters())
     kept = tokens * s.layers * (size * s.h if checkpointing else a_token)
-    kept += tokens * s.h * (4 + 3 * size)       # the embedding's output, the last norm
-    head = 16 * tokens * labelled * s.vocabulary
-    backward = size * s.inner * (tokens + (tokens if frozen else s.h))
+    head = 16 * tokens * labelled * s.vocabulary + tokens * s.h * (4 + 3 * size)
+    inner = s.inner * (tokens + max(tokens, s.h if trained else 0))
+    backward = max(size * (inner + 2 * tokens * s.h), tokens * scores / 2)
     return kept + max(head, backward + (tokens * a_token if checkpointing else 0))
 
 
@@ -136,6 +147,12 @@ def plan(model, state, args, labelled):
 
 
 # ---------------------------------------------------------------- decoding
+def reading_bytes(config, size, tokens, row_tokens):
+    """Bytes of one layer's activations while `tokens` tokens in rows of `row_tokens` are read."""
+    s = shape_of(config)
+    return size * tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * row_tokens)
+
+
 def row_bytes(config, size, prompt_tokens, new_tokens):
     """Bytes that decoding needs beside the weights for one row: one prompt, or one of its beams.
 
@@ -150,6 +167,14 @@ def row_bytes(config, size, prompt_tokens, new_tokens):
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * s.layers
     tokens = [min(total, window) if kind == "sliding_attention" else total for kind in kinds]
     a_token = 2 * size * s.kv       # of a layer's cache
-    reading = size * prompt_tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * prompt_tokens)
     writing = a_token * max(tokens) * (1 + s.a / s.kv) + (size + 16) * s.vocabulary
+    reading = reading_bytes(config, size, prompt_tokens, prompt_tokens)
     return a_token * sum(tokens) + max(reading, writing)
+
+
+def rows_that_fit(have, row, beams):
+    """How many prompts fit in `have` bytes, `row` for each of their beams; at least 1.
+
+    A tenth is left alone: kernels' workspaces, and memory in pieces that are too small.
+    """
+    return max(1, int(0.9 * have / (beams * row)))

@@ -475,7 +475,7 @@ def execute(stages):
     return 0
 
 
-def main(action):
+def main(action, card=""):
     try:
         source = os.environ["FROM"]
         if source and not there(Path(source) / "stages.jsonl"):
@@ -485,6 +485,9 @@ def main(action):
         stages = read_plan(sys.stdin.read())
         if action == "dry-run":
             return dry_run(stages)
+        if action == "estimate":
+            from core.estimate import estimate
+            return estimate(stages, card)
         if os.environ["JUDGE"] == "human":
             try:
                 open("/dev/tty").close()
@@ -501,4 +504,4 @@ def main(action):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

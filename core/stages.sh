@@ -5,10 +5,12 @@ cd "$here"
 die() { echo "run_ilr.sh: error: $*" >&2; exit 2; }
 
 # ---------------------------------------------------------------- the command line
-ACTION=run PRESET=
+ACTION=run PRESET= CARD=
 for word in ${1+"$@"}; do
   case $word in
-    --dry-run) ACTION=dry-run ;;
+    --dry-run) [ $ACTION = estimate ] || ACTION=dry-run ;;
+    --estimate) ACTION=estimate CARD=H100 ;;
+    --estimate=*) ACTION=estimate CARD=${word#*=} ;;
     --help|-h) ACTION=help ;;
     -*) die "unknown option $word; try --help" ;;
     *=*) die "$word: variables go first: $word bash run_ilr.sh" ;;
@@ -80,4 +82,4 @@ stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, unde
   for word in "$@"; do plan+=$'\x1f'$word; done
   plan+=$'\n'
 }
-run_plan() { exec "$PYTHON" -m core.stages "$ACTION" <<<"$plan"; }
+run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }

@@ -1,4 +1,5 @@
 """Prompts and completions as token ids: the same in training, generation and judging."""
+import contextlib
 import gc
 
 from core.models import open_pretrained
@@ -103,8 +104,32 @@ def encode_completion(tokenizer, completion):
 
 
 def stop_ids(tokenizer, model):
-    """Token ids that end an answer: the tokenizer's EOS first, then those that the model names."""
-    named = model.generation_config.eos_token_id
-    named = named if isinstance(named, list) else [named]
-    first = tokenizer.eos_token_id
-    return [first, *sorted({i for i in named if i is not None} - {first})]
+    """Token ids that end an answer, the tokenizer's EOS first.
+
+    The others are those that the model's generation config, its config and the chat template name.
+    Raises InputError if the model has no embedding for the tokenizer's EOS.
+    """
+    eos, known = tokenizer.eos_token_id, model.get_input_embeddings().weight.shape[0]
+    if eos >= known:
+        raise InputError(f"{tokenizer.name_or_path}: the tokenizer's EOS {tokenizer.eos_token} is "
+                         f"token {eos}, but the model has only {known} embeddings: they do not "
+                         "belong together")
+    named = []
+    for config in (getattr(model, "generation_config", None), model.config):
+        ids = getattr(config, "eos_token_id", None)
+        named += ids if isinstance(ids, (list, tuple)) else [ids]
+    if tokenizer.chat_template:
+        with contextlib.suppress(InputError):   # a template that refuses every answer ends none
+            turn = end_of_turn(tokenizer, tokenizer.name_or_path)
+            named.append(tokenizer.convert_tokens_to_ids(turn))
+    return [eos, *sorted({i for i in named if i is not None and 0 <= i < known} - {eos})]
+
+
+def set_stops(model, tokenizer):
+    """Name all `stop_ids` in a model's configs, so that it stops in plain transformers too.
+
+    In place, before training; the configs are saved with the model. InputError as `stop_ids`.
+    """
+    ids = stop_ids(tokenizer, model)
+    for config in (model.generation_config, model.config):
+        config.eos_token_id = ids if len(ids) > 1 else ids[0]

@@ -1,14 +1,30 @@
 """generate.py: decoding against plain loops and transformers' own, sampling noise, continuing."""
+import gc
+import json
+import logging
+import weakref
+
 import numpy as np
 import pytest
 import torch
 from conftest import Interrupted, interrupt_after, rows, run, tiny_model
-from transformers import DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import generate
-from core.decoding import choose_tokens, decode, decode_beams, sample_uniforms
+import sft
+from core import merge
+from core.cli import run_stage
+from core.decoding import (
+    check_decoding,
+    choose_tokens,
+    decode,
+    decode_beams,
+    roomy_cache,
+    sample_uniforms,
+)
 from core.models import open_model
-from core.records import half_of, write_jsonl
+from core.records import InputError, half_of, write_jsonl
+from core.tokens import encode_prompt
 from core.unfinished import BatchLog
 
 EOS, NEW = 2, 24
@@ -26,22 +42,23 @@ def prompts_of(count, seed=0):
     return [[1, *rng.integers(3, 12, rng.integers(1, 9)).tolist()] for _ in range(count)]
 
 
-def plain_loop(model, prompt, choose):
+def plain_loop(model, prompt, choose=lambda logits, step: logits.argmax().item(), eos=(EOS,)):
     """Continuation of one prompt without batch, padding or cache; `choose(logits, step)` picks a
     token."""
     ids = list(prompt)
     for step in range(NEW):
-        ids.append(choose(model(input_ids=torch.tensor([ids])).logits[0, -1], step))
-        if ids[-1] == EOS:
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+        ids.append(choose(logits, step))
+        if ids[-1] in eos:
             return ids[len(prompt):-1], False
     return ids[len(prompt):], True
 
 
-def transformers_own(model, prompt, **more):
+def transformers_own(model, prompt, eos=EOS, **more):
     """The continuation by `generate` of transformers, EOS and what follows it included."""
     mask = torch.ones(1, len(prompt), dtype=torch.long)
     out = model.generate(torch.tensor([prompt]), attention_mask=mask, do_sample=False,
-                         max_new_tokens=NEW, eos_token_id=EOS, pad_token_id=EOS, **more)
+                         max_new_tokens=NEW, eos_token_id=eos, pad_token_id=EOS, **more)
     return out[0, len(prompt):].tolist()
 
 
@@ -54,7 +71,7 @@ def test_greedy_is_the_plain_loop_and_transformers(model, monkeypatch):
     monkeypatch.setattr(DynamicCache, "reorder_cache", select)
     prompts = prompts_of(24)
     completions, truncated = decode(model, prompts, [EOS], NEW)
-    plain = [plain_loop(model, p, lambda x, _: x.argmax().item()) for p in prompts]
+    plain = [plain_loop(model, p) for p in prompts]
     assert list(zip(completions, truncated, strict=True)) == plain
     # the batch held rows of both kinds, and finished rows left it on the way
     assert 0 < sum(truncated) < 24 and compacted == sorted(compacted, reverse=True) and compacted
@@ -109,6 +126,112 @@ def test_beams_are_transformers_of_each_prompt_alone(model, monkeypatch):
         m.setattr(model, "generation_config",
                   GenerationConfig(repetition_penalty=5.0, min_new_tokens=20))
         assert decode_beams(model, prompts, [EOS], NEW, 4) == (completions, truncated)
+
+
+def test_every_eos_id_ends_an_answer(model):
+    prompts, eos = prompts_of(16, seed=4), [EOS, 7, 9]
+    completions, truncated = decode(model, prompts, eos, NEW)
+    plain = [plain_loop(model, p, eos=eos) for p in prompts]
+    assert list(zip(completions, truncated, strict=True)) == plain
+    one = decode(model, prompts, [EOS], NEW)[0]
+    assert [] != [c for c, longer in zip(completions, one, strict=True) if len(c) < len(longer)]
+    ending = {tuple(p): c for p, (c, cut) in zip(prompts, plain, strict=True) if not cut}
+    passes, hook = [], model.register_forward_hook(lambda *_: passes.append(1))
+    decode(model, list(map(list, ending)), eos, NEW)
+    hook.remove()
+    assert len(passes) == max(map(len, ending.values())) + 1 < NEW
+    completions, truncated = decode_beams(model, prompts[:6], eos, NEW, 3)
+    for prompt, completion, cut in zip(prompts[:6], completions, truncated, strict=True):
+        theirs = transformers_own(model, prompt, eos, num_beams=3)
+        end = next((i for i, token in enumerate(theirs) if token in eos), NEW)
+        assert (completion, cut) == (theirs[:end], end == NEW)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+@pytest.mark.parametrize("window", [6, 33])     # 9 + 24 = 33 tokens are needed
+def test_sliding_windows(family, window):
+    """Gemma 2 has sliding and full layers in turn, Mistral sliding ones only."""
+    model = tiny_model(family, vocab=12, seed=1, sliding_window=window)
+    prompts = [*prompts_of(7), [1, *range(3, 11)]]
+    assert decode(model, prompts, [EOS], NEW) == tuple(
+        map(list, zip(*[plain_loop(model, p) for p in prompts], strict=True)))
+    cache, own = roomy_cache(model, 33), DynamicCache(config=model.config)
+    assert cache.is_sliding == own.is_sliding and True in own.is_sliding
+    roomy = [type(a) is not type(b) for a, b in zip(cache.layers, own.layers, strict=True)]
+    assert roomy == [window == 33 or not sliding for sliding in own.is_sliding]
+
+
+SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+             num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
+             initializer_range=0.4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+MAMBA = dict(mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1,
+             mamba_chunk_size=8)
+OTHERS = {
+    "mamba": dict(state_size=8), "lfm2": dict(full_attn_idxs=[1], block_ff_dim=32),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, mamba_d_state=8,
+                  use_mamba_kernels=False),
+    "falcon_h1": dict(head_dim=8, mamba_d_ssm=32, **MAMBA),
+    "roberta": dict(is_decoder=True), "rwkv": dict(attention_hidden_size=16),
+    "recurrent_gemma": dict(head_dim=8, lru_width=16, num_hidden_layers=3),
+    "minimax": dict(head_dim=8, num_local_experts=2), "openai-gpt": dict(n_positions=64)}
+
+
+def other_model(family, vocab=12):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, vocab_size=vocab, **{**SHAPE, **OTHERS[family]})
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("family", ["mamba", "lfm2", "jamba", "falcon_h1"])
+def test_models_with_states_decode_as_they_read(family):
+    """States of all layers, states beside attention in turn, or both in one layer."""
+    model = other_model(family)
+    check_decoding(model, [1, 5, 9])
+    check_decoding(model, [1, 5, 9], 3)
+    prompts = [*prompts_of(7), *prompts_of(3)]
+    for prompt, completion in zip(prompts, decode(model, prompts, [EOS], NEW)[0], strict=True):
+        assert completion == plain_loop(model, prompt)[0]
+
+
+@pytest.mark.parametrize("family, beams, message", [
+    ("roberta", 1, "off by [0-9]+%"),               # its positions count padding
+    ("rwkv", 1, "off by [0-9]+%"),                  # its state has seen the padding
+    ("recurrent_gemma", 1, "off by [0-9]+%"),       # its state is not in the cache
+    ("minimax", 1, "ValueError: MiniMax uses cache of its own"),
+    ("openai-gpt", 1, "RuntimeError"),              # it has no cache
+    ("rwkv", 3, "cannot use beam search"), ("roberta", 3, "off by [0-9]+%"),
+    ("recurrent_gemma", 3, "off by [0-9]+%"),
+    ("minimax", 3, "off by [0-9]+%"),               # its states are not reordered
+    ("openai-gpt", 3, None)])       # transformers' beams need none
+def test_models_that_decode_otherwise_than_they_read_are_refused(family, beams, message):
+    model = other_model(family)
+    if message is None:
+        check_decoding(model, [1, 5, 9], beams)
+    else:
+        with pytest.raises(InputError, match=message):
+            check_decoding(model, [1, 5, 9], beams)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mistral"])
+def test_the_check_sees_a_mask_that_is_ignored(family, dtype, monkeypatch):
+    model = tiny_model(family).to(dtype)
+    check_decoding(model, [1, 5, 9, 3])
+    check_decoding(model, [1, 5, 9, 3], 3)
+    original = model.forward
+
+    def forward(attention_mask=None, **inputs):
+        return original(**inputs)
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(InputError, match="off by"):
+        check_decoding(model, [1, 5, 9, 3])
+    monkeypatch.setattr(model, "forward", lambda **_: lack())
+    with pytest.raises(torch.OutOfMemoryError):
+        check_decoding(model, [1, 5, 9, 3])
+
+
+def lack():
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 3.0])
@@ -227,3 +350,117 @@ def test_finished_files_are_kept(tiny, problems, tmp_path, monkeypatch):
     run(generate, "--model", tiny / "model", "--data", tmp_path / "d.jsonl",
         "--out", tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--max-new-tokens", 2)
     assert (tmp_path / "1.jsonl").read_text() == "kept" and len(rows(tmp_path / "2.jsonl")) == 3
+
+
+@pytest.mark.parametrize("more", [[], ["--num-beams", 2], ["--load-in-4bit"]])
+def test_the_first_model_is_gone_before_the_second_is_opened(tiny, problems, tmp_path, monkeypatch,
+                                                             more):
+    """Whatever gc.freeze() in open_tokenizer makes permanent: an exception of the tokenizer that
+    refers to itself, as transformers has one at its first opening, holds the frames around it."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:3])
+    opened, originals = [], (generate.open_model, generate.open_tokenizer)
+    # a warning with an exception in it, which pytest would keep
+    monkeypatch.setattr(logging.getLogger("bitsandbytes"), "propagate", False)
+
+    def open_tokenizer(*args):
+        try:
+            raise ValueError
+        except ValueError as e:
+            error = e
+        return originals[1](*args), error
+
+    def open_model(*args, **kwargs):
+        assert not [ref for ref in opened if ref()]
+        model = originals[0](*args, **kwargs)
+        opened.append(weakref.ref(model))
+        return model
+    monkeypatch.setattr(generate, "open_model", open_model)
+    monkeypatch.setattr(generate, "open_tokenizer", lambda *args: open_tokenizer(*args)[0])
+    argv = ["--model", tiny / "model", tiny / "other", "--data", tmp_path / "d.jsonl", "--out",
+            tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--max-new-tokens", 3, *more]
+    try:
+        run_stage(generate.parser(), generate.main, [str(a) for a in argv])
+        assert len(opened) == 2 and not [ref for ref in opened if ref()]
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+@pytest.mark.parametrize("more", [[], ["--num-beams", 2], ["--temperature", 1, "--num-samples", 2]])
+def test_a_batch_is_decoded_in_as_many_rows_as_fit(tiny, problems, tmp_path, monkeypatch, capsys,
+                                                   more):
+    write_jsonl(tmp_path / "d.jsonl", problems[:9])
+    argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--max-new-tokens", 8, *more]
+    run(generate, *argv, "--out", tmp_path / "a.jsonl")
+    assert "note" not in capsys.readouterr().out
+    name, sizes = "decode_beams" if "--num-beams" in more else "decode", []
+    original, count = getattr(generate, name), 18 if "--num-samples" in more else 9
+
+    def counted(model, prompts, *rest):
+        sizes.append(len(prompts))
+        return original(model, prompts, *rest)
+    monkeypatch.setattr(generate, name, counted)
+    # the weights of the tiny model, and a little
+    monkeypatch.setattr("core.memory.device_bytes", lambda device: 4 * 26064 + 300_000)
+    run(generate, *argv, "--out", tmp_path / "b.jsonl")
+    said = capsys.readouterr().out
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert sum(sizes) == count and 1 < max(sizes) < count
+    assert said.count(f"memory for {max(sizes)} of a batch's {count} rows at once") == 1
+
+
+def test_what_ends_answers_comes_from_the_model_too(tiny, problems, tokenizer, tmp_path):
+    """A price counts the token that ended an answer, whichever it was."""
+    write_jsonl(tmp_path / "d.jsonl", problems[:9])
+    argv = ["--data", tmp_path / "d.jsonl", "--max-new-tokens", 12, "--out"]
+    model = open_model(tiny / "model", torch.device("cpu")).eval()
+    prompts = [encode_prompt(tokenizer, p["prompt"]) for p in problems[:9]]
+    eos = [EOS, decode(model, prompts, [EOS], 12)[0][0][4]]
+    model.generation_config.eos_token_id = eos
+    model.save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    run(generate, "--model", tmp_path / "m", *argv, tmp_path / "a.jsonl")
+    expected, truncated = decode(model, prompts, eos, 12)
+    answers = rows(tmp_path / "a.jsonl")
+    assert [a["completion"] for a in answers] == tokenizer.batch_decode(expected)
+    assert [a["truncated"] for a in answers] == truncated and not truncated[0]
+    generated = sum(map(len, expected)) + truncated.count(False)
+    assert json.loads((tmp_path / "a.jsonl.price").read_text())["generated_tokens"] == generated
+
+
+def test_dtype_and_models_that_are_refused(tiny, problems, tokenizer, tmp_path, monkeypatch,
+                                           capsys):
+    write_jsonl(tmp_path / "d.jsonl", problems[:3])
+    argv = ["--data", tmp_path / "d.jsonl", "--max-new-tokens", 3, "--out", tmp_path / "a.jsonl"]
+    seen, original = [], generate.check_decoding
+    monkeypatch.setattr(generate, "check_decoding",
+                        lambda model, *rest: (seen.append(model.dtype), original(model, *rest)))
+    run(generate, "--model", tiny / "model", "--dtype", "bfloat16", *argv)
+    assert seen == [torch.bfloat16] and len(rows(tmp_path / "a.jsonl")) == 3
+    (tmp_path / "a.jsonl").unlink()
+    other_model("rwkv", len(tokenizer)).save_pretrained(tmp_path / "rwkv")
+    tiny_model(vocab=2).save_pretrained(tmp_path / "small")     # without an embedding for EOS
+    capsys.readouterr()
+    for name, message in (("rwkv", "off by"), ("small", "only 2 embeddings")):
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(SystemExit) as e:
+            run_stage(generate.parser(), generate.main,
+                      [str(a) for a in ("--model", tmp_path / name, *argv)])
+        error = capsys.readouterr().err
+        assert e.value.code == 2 and error.count("\n") == 1, error
+        assert error.startswith("generate.py: error:") and message in error
+
+
+@pytest.mark.parametrize("more", [[], ["--num-beams", 2], ["--temperature", 1]])
+def test_adapters_answer_as_the_merged_model(tiny, problems, tmp_path, more):
+    write_jsonl(tmp_path / "d.jsonl", problems)
+    run(sft, "--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--out", tmp_path / "lora",
+        "--lora-rank", 2, "--lr", 0.03, "--epochs", 2)
+    run(merge, "--model", tmp_path / "lora", "--out", tmp_path / "merged")
+    answers = {}
+    for name, model in (("lora", tmp_path / "lora"), ("merged", tmp_path / "merged"),
+                        ("base", tiny / "model")):
+        run(generate, "--model", model, "--data", tmp_path / "d.jsonl", "--max-new-tokens", 8,
+            "--out", tmp_path / f"{name}.jsonl", *more)
+        answers[name] = rows(tmp_path / f"{name}.jsonl")
+    assert answers["lora"] == answers["merged"] != answers["base"]

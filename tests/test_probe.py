@@ -1,0 +1,394 @@
+"""Any model, or an honest no: what the probe finds of many families, and what follows from it."""
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import rows, run, tiny_model
+from test_compare import train_argv, wrong  # noqa: F401  (a fixture)
+from test_models import FAMILIES as TOKENIZERS
+from test_models import make_tokenizer
+from test_parallel import do_with
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+)
+
+import compare
+import dpo
+import generate
+import sft
+from core import judge, packing
+from core.adapters import add_lora
+from core.models import open_model, to_4bit
+from core.packing import completion_logps, pack
+from core.probe import probe, without_dropout
+from core.records import InputError, write_jsonl
+from core.tokens import open_tokenizer, stop_ids, user_prompt
+
+CPU = torch.device("cpu")
+ENDS = dict(vocab_size=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(ENDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, initializer_range=0.3,
+             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+GPT = dict(ENDS, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3)
+EXPERTS = dict(LLAMA, num_local_experts=4, num_experts=4, num_experts_per_tok=2,
+               moe_intermediate_size=24)
+STATES = dict(ENDS, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+# family: (its config, whether it can be packed); dropout as the family has it by default
+CONFIGS = {
+    "llama": (LLAMA, True), "mistral": (LLAMA, True), "phi": (LLAMA, True),
+    "gemma2": (dict(LLAMA, head_dim=8, final_logit_softcapping=2.0), True),
+    "granite": (dict(LLAMA, logits_scaling=4.0), True),
+    "cohere": (dict(LLAMA, logit_scale=0.25), True),
+    "gpt2": (GPT, True), "gptj": (dict(GPT, rotary_dim=4), True), "gpt_neox": (LLAMA, True),
+    "mixtral": (EXPERTS, True), "qwen3_moe": (EXPERTS, True),
+    "opt": (dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3), False),
+    "bloom": (dict(ENDS, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3), False),
+    "falcon": (LLAMA, False), "biogpt": (LLAMA, False),
+    "mpt": (dict(ENDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, initializer_range=0.3),
+            False),
+    "mamba": (STATES, False),
+    "mamba2": (dict(STATES, num_heads=8, head_dim=8, n_groups=1, chunk_size=16), False)}
+
+
+def tiny_family(family, seed=0, auto=AutoModelForCausalLM, **more):
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **{**CONFIGS[family][0], **more})
+    return auto.from_config(config, dtype=torch.float32)
+
+
+def random_sequences(lengths=(60, 50, 33, 20, 70, 41, 12, 25), seed=0):
+    """(token ids, loss weights): a third of each is prompt, the last token is EOS."""
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randint(3, 64, (n - 1,), generator=g).tolist() + [2],
+             [0.0] * (n // 3) + [1.0] * (n - n // 3)) for n in lengths]
+
+
+def flags(row_tokens=200):
+    return SimpleNamespace(row_tokens=row_tokens, micro_tokens=400)
+
+
+def loss_of(model, sequences, args):
+    """The mean over completion tokens, as sft.py computes it."""
+    total = 0.0
+    for batch in pack(sequences, args.row_tokens, args.micro_tokens):
+        logps, weights, _ = completion_logps(model, batch)
+        total -= (logps * weights).sum().item()
+    return total / sum(sum(w[1:]) for _, w in sequences)
+
+
+def own_loss(model, sequences):
+    """The same by the model's own loss in transformers, one record at a time."""
+    total = 0.0
+    for ids, weights in sequences:
+        labels = torch.tensor([[i if w else -100 for i, w in zip(ids, weights, strict=True)]])
+        loss = model(input_ids=torch.tensor([ids]), labels=labels, use_cache=False).loss
+        total += loss.item() * sum(weights[1:])
+    return total / sum(sum(w[1:]) for _, w in sequences)
+
+
+# fp32 sums of 300 terms of size 5
+LOSS_TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_family_trains_on_its_own_loss(family, capsys):
+    model, sequences, args = tiny_family(family), random_sequences(), flags()
+    expected = own_loss(copy.deepcopy(model).eval(), sequences)
+    probe(model.train(), sequences, args, CPU)
+    assert model.training
+    packed = CONFIGS[family][1]
+    assert args.row_tokens == (200 if packed else 1)
+    note = capsys.readouterr().out
+    assert note == "" if packed else "note: " in note and "rows of one record" in note
+    with torch.no_grad():
+        assert loss_of(model, sequences, args) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+        if not packed:      # what it falls back from
+            assert abs(loss_of(model, sequences, flags()) - expected) > 100 * LOSS_TOLERANCE
+
+
+# bf16: the loss of a random model has an error of about 0.3%
+@pytest.mark.parametrize("family", ["llama", "granite", "mixtral", "opt", "mamba"])
+def test_the_probe_in_16_bits(family):
+    model, sequences, args = tiny_family(family).to(torch.bfloat16), random_sequences(), flags()
+    expected = own_loss(copy.deepcopy(model).eval(), sequences)
+    probe(model, sequences, args, CPU)
+    assert args.row_tokens == (200 if CONFIGS[family][1] else 1)
+    with torch.no_grad():
+        assert loss_of(model, sequences, args) == pytest.approx(expected, rel=0.003)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("how", ["lora", "4 bits", "checkpointing"])
+def test_the_probe_with_what_training_adds(family, how):
+    model, args = tiny_family(family, initializer_range=0.1, init_std=0.1), flags()
+    if how == "4 bits":
+        to_4bit(model, CPU, torch.float32)
+    if how in ("lora", "4 bits"):
+        add_lora(model, 2)
+    if how == "checkpointing":
+        model.gradient_checkpointing_enable()
+    probe(model.train(), random_sequences(), args, CPU)
+    assert args.row_tokens == (200 if CONFIGS[family][1] else 1)
+
+
+def test_a_leak_too_small_for_the_loss_is_found():
+    # weights near 0, as a new model has them: records change each other by 1e-4 nats and less
+    model, args = tiny_family("bloom", initializer_range=0.01).to(torch.bfloat16), flags()
+    probe(model, random_sequences(), args, CPU)
+    assert args.row_tokens == 1
+
+
+def test_values_that_are_not_the_models_own_are_refused(monkeypatch):
+    model, sequences = tiny_family("granite"), random_sequences()
+
+    def without_scale(model, batch, rows, columns):
+        return model.lm_head(packing.hidden_states(model, batch)[rows, columns])
+    with monkeypatch.context() as m, pytest.raises(InputError, match="something else: .* nats"):
+        m.setattr(packing, "logits_at", without_scale)
+        probe(model, sequences, flags(), CPU)
+    probe(model, sequences, flags(), CPU)
+
+
+def test_positions_that_run_on_are_found(monkeypatch):
+    # sequences stay apart, but the model ignores that their positions begin anew
+    model, args = tiny_family("gpt2"), flags()
+    table = model.transformer.wpe
+    monkeypatch.setattr(table, "forward", lambda positions: torch.nn.functional.embedding(
+        torch.arange(positions.shape[1])[None] % 128, table.weight))
+    probe(model, random_sequences(), args, CPU)
+    assert args.row_tokens == 1
+
+
+def test_a_model_that_sees_what_follows_is_refused():
+    config = AutoConfig.for_model("bert", **LLAMA)
+    with pytest.raises(InputError, match="in padded rows of one record it computes something else"):
+        probe(AutoModelForCausalLM.from_config(config), random_sequences(), flags(), CPU)
+
+
+# ---------------------------------------------------------------- dropout
+@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gpt_neox", "llama"])
+def test_no_dropout_is_left(family):
+    rates = {"resid_pdrop": 0.3, "dropout": 0.3, "hidden_dropout": 0.3, "attention_dropout": 0.3,
+             "layerdrop": 0.3}
+    model = tiny_family(family, **rates).train()
+    model.config.inner_config = PreTrainedConfig(attention_dropout=0.3)     # as of several parts
+    ids = torch.tensor([random_sequences()[0][0]])
+    assert not torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    without_dropout(model)
+    assert torch.equal(model(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert model.config.inner_config.attention_dropout == 0
+    assert [k for k, v in model.config.to_dict().items() if "drop" in k and v] == []
+
+
+def test_other_randomness_in_training_is_refused():
+    model = tiny_family("mixtral", router_jitter_noise=0.05)
+    with pytest.raises(InputError, match="in training mode, without dropout, it computes .* else"):
+        probe(model, random_sequences(), flags(), CPU)
+
+
+# ---------------------------------------------------------------- the stages
+def family_folder(folder, tokenizer, family, **more):
+    model = tiny_family(family, vocab_size=len(tokenizer), **more)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def preferences(problems):
+    return [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"}
+            for p in problems]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt"])
+def test_first_dpo_loss_is_ln_2_with_default_dropout(family, tokenizer, problems, tmp_path, capsys):
+    folder = family_folder(tmp_path / "model", tokenizer, family)
+    assert AutoConfig.from_pretrained(folder).to_dict()[
+        {"gpt2": "resid_pdrop", "opt": "dropout"}[family]] == 0.1
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:8]))
+    run(dpo, "--model", folder, "--data", tmp_path / "p.jsonl", "--batch-size", 4, "--epochs", 1,
+        "--row-tokens", 400, "--out", tmp_path / "dpo")
+    # the log has 6 digits
+    assert rows(tmp_path / "dpo/metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert ("note: " in capsys.readouterr().out) == (family == "opt")
+
+
+def test_padding_stays_within_the_models_positions(tokenizer, problems, tmp_path):
+    # rows of 300 tokens, records of at most 80: padding would count on to 300
+    folder = family_folder(tmp_path / "model", tokenizer, "gpt2", n_positions=80)
+    records = [p for p in problems if len(tokenizer(p["prompt"] + p["completion"]).input_ids) < 75]
+    assert len(records) > 5
+    write_jsonl(tmp_path / "d.jsonl", records)
+    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1, "--row-tokens", 300,
+        "--micro-tokens", 600, "--max-length", 80, "--out", tmp_path / "m")
+    sequences = random_sequences((70, 60, 50, 80))
+    model = tiny_family("gpt2", n_positions=80).eval()
+    without_dropout(model)
+    args = SimpleNamespace(row_tokens=200, micro_tokens=400)
+    widths = [(batch["input_ids"].shape, int(batch["position_ids"].max()))
+              for batch in pack(sequences, 200, 400)]
+    assert widths == [((2, 200), 79)]
+    with torch.no_grad():
+        assert loss_of(model, sequences, args) == pytest.approx(own_loss(model, sequences),
+                                                                abs=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "mpt"])
+def test_a_record_longer_than_the_models_positions(family):
+    name = {"mpt": "max_seq_len", "opt": "max_position_embeddings"}.get(family, "n_positions")
+    model = tiny_family(family, **{name: 64})
+    probe(model, random_sequences((64, 60, 10)), flags(row_tokens=64), CPU)
+    with pytest.raises(InputError, match="cannot read a row of 66 tokens") as e:
+        probe(model, random_sequences((66, 60, 10)), flags(row_tokens=64), CPU)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.slow
+def test_two_processes_decide_the_same(tokenizer, problems, tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems)
+    jobs = []
+    for family in ("opt", "gpt2"):
+        folder = family_folder(tmp_path / family, tokenizer, family, n_positions=300,
+                               max_position_embeddings=300)
+        jobs.append(("sft", ["--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1,
+                             "--batch-size", 10, "--row-tokens", 300, "--out"], None))
+    found = {}
+    for count in (1, 2):
+        here = [(stage, [*argv, tmp_path / f"{argv[1].name}_{count}"], cut)
+                for stage, argv, cut in jobs]
+        ends, said = do_with(count, here, tmp_path)
+        assert ends == ["done", "done"] and said.count("note: ") == said.count("opt: packed") == 1
+        found[count] = [[row["loss"] for row in rows(argv[-1] / "metrics.jsonl")]
+                        for _, argv, _ in here]
+    for one, two in zip(*found.values(), strict=True):
+        assert one == pytest.approx(two, abs=1e-5)      # sums in another order, two steps of them
+
+
+# ---------------------------------------------------------------- ends of answers
+@pytest.fixture(scope="module")
+def too_small(tiny, tokenizer, tmp_path_factory):
+    """A model whose tokenizer's EOS is beyond its embeddings."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    tokenizer = copy.deepcopy(tokenizer)
+    tiny_model(vocab=len(tokenizer)).save_pretrained(folder)
+    tokenizer.add_special_tokens({"eos_token": "<|end|>"})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "generate", "compare"])
+def test_an_eos_without_an_embedding_is_refused(stage, too_small, problems, train_argv,  # noqa: F811
+                                                tmp_path):
+    write_jsonl(tmp_path / "d.jsonl", problems[:4])
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
+    argv = {"sft": [sft, "--model", too_small, "--data", tmp_path / "d.jsonl"],
+            "dpo": [dpo, "--model", too_small, "--data", tmp_path / "p.jsonl"],
+            "generate": [generate, "--model", too_small, "--data", tmp_path / "d.jsonl"],
+            "compare": [compare, *train_argv, "--model", too_small]}
+    with pytest.raises(InputError, match="embeddings: they do not belong together"):
+        run(*argv[stage], "--out", tmp_path / "out")
+
+
+def test_stop_ids():
+    tokenizer, model = make_tokenizer("llama"), tiny_model(vocab=400)
+    known = tokenizer.convert_tokens_to_ids
+    eos, turn = known("<|end_of_text|>"), known("<|eot|>")
+    model.config.eos_token_id = [eos, 399]
+    model.generation_config.eos_token_id = 17
+    assert stop_ids(tokenizer, model) == [eos, *sorted({17, turn, 399})]
+    tokenizer.eos_token = "<|eot|>"
+    assert stop_ids(tokenizer, model) == [turn, *sorted({17, eos, 399})]
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    model.config.eos_token_id, model.generation_config.eos_token_id = None, [5, 400, 17]
+    assert stop_ids(tokenizer, model) == [turn, 5, 17]      # 400 has no embedding
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_a_chat_model_stops_in_plain_transformers(kind, tmp_path):
+    folder, tokenizer = tmp_path / "model", make_tokenizer(kind)
+    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_model(kind, vocab=len(tokenizer), **ids).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_jsonl(tmp_path / "d.jsonl", [{"id": 0, "prompt": user_prompt("Two?"),
+                                        "completion": "It is\n#### 2"}])
+    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 60, "--lr", 0.02,
+        "--out", tmp_path / "m", "--chat-template")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Two?"}],
+                                           add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    out = model.generate(**prompt, max_new_tokens=40, do_sample=False)[0]
+    turn = tokenizer.convert_tokens_to_ids(TOKENIZERS[kind][4])
+    assert tokenizer.decode(out[prompt["input_ids"].shape[1]:-1]) == "It is\n#### 2"
+    assert out[-1] == turn != ids["eos_token_id"]
+    assert model.config.eos_token_id == [turn, ids["eos_token_id"]]
+
+
+# ---------------------------------------------------------------- judges
+def judge_inputs(tokenizer, problems):
+    return [judge.encode_pair(tokenizer, p["prompt"], p["completion"], other)
+            for p, other in zip(problems[:4], ("no", "#### 7", "", "it is much more than that"),
+                                strict=True)]
+
+
+# pad is EOS; no pad, and the only special token is EOS, as GPT-2; no pad, but BOS; one of its own
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2", "llama", "gemma"])
+def test_a_judge_scores_the_same_in_plain_transformers(kind, problems, tmp_path, monkeypatch):
+    end = "<|endoftext|>"
+    monkeypatch.setitem(TOKENIZERS, "gpt2", ("bytes", dict(bos_token=end, eos_token=end), [], None,
+                                             end))
+    tokenizer, top = make_tokenizer(kind), tmp_path
+    tokenizer.save_pretrained(top / "model")
+    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    tiny_model(vocab=len(tokenizer), **ids).save_pretrained(top / "model")
+    if kind == "qwen3":         # once by the stage, once for each by what the stage calls
+        write_jsonl(top / "gold.jsonl", problems)
+        write_jsonl(top / "1.jsonl", [wrong(p) for p in problems])
+        run(compare, "train", "--model", top / "model", "--task", "arithmetic", "--data",
+            top / "1.jsonl", "--gold", top / "gold.jsonl", "--epochs", 1, "--lr", 0.01,
+            "--out", top / "judge", "--device", "cpu")
+    else:
+        model = open_model(top / "model", CPU, "AutoModelForSequenceClassification", num_labels=2)
+        judge.set_padding(model, tokenizer)
+        model.save_pretrained(top / "judge")
+        tokenizer.save_pretrained(top / "judge")
+
+    tokenizer = AutoTokenizer.from_pretrained(top / "judge")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    inputs = judge_inputs(open_tokenizer(top / "judge"), problems)
+    model = open_model(top / "judge", CPU, "AutoModelForSequenceClassification").eval()
+    expected = judge.probabilities(model, inputs, flags(400), CPU)
+    assert max(expected) - min(expected) > 0.01
+    model = AutoModelForSequenceClassification.from_pretrained(top / "judge").eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    for side in ("left", "right"):
+        batch = tokenizer.pad({"input_ids": inputs}, padding_side=side, return_tensors="pt")
+        with torch.no_grad():
+            got = model(**batch).logits.softmax(-1)[:, 1]
+        # fp32 sums in rows of another length
+        assert got.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["opt", "falcon"])
+def test_a_judge_falls_back_to_rows_of_one(family, capsys):
+    model = tiny_family(family, auto=AutoModelForSequenceClassification, num_labels=2).eval()
+    torch.nn.init.zeros_(model.score.weight)        # as a new judge has it
+    sequences, args = [ids for ids, _ in random_sequences()], flags()
+    judge.probe_judge(model, sequences, args, CPU)
+    assert args.row_tokens == 1 and "note: " in capsys.readouterr().out
+    torch.nn.init.normal_(model.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = [model(torch.tensor([ids])).logits.softmax(-1)[0, 1].item() for ids in sequences]
+    assert judge.probabilities(model, sequences, args, CPU) == pytest.approx(expected, abs=1e-6)
+    assert judge.probabilities(model, sequences, flags(), CPU) != pytest.approx(expected, abs=1e-3)
+
+
+def test_a_model_without_a_score_is_no_judge(tokenizer):
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **LLAMA))
+    with pytest.raises(InputError, match="a judge needs a model whose classifier"):
+        judge.set_padding(model, tokenizer)
