@@ -40,7 +40,8 @@ def words(args, stage):
     """The command line of a stage of the run, as its stages.jsonl has it."""
     run = Path(args.run).resolve()
     with (run / "stages.jsonl").open() as lines:
-        rows = [row for row in map(json.loads, lines) if row["stage"] == f"seed_{args.seed}/{stage}"]
+        rows = map(json.loads, lines)
+        rows = [row for row in rows if row["stage"] == f"seed_{args.seed}/{stage}"]
     places = {"OUT": str(run), "BASES": str(Path(args.bases).resolve())}
     found = []
     for flag, values in rows[-1]["arguments"].items():
@@ -70,10 +71,12 @@ def train(mode, script, argv):
     """Run one training and print the bytes that it keeps for a weight."""
     import importlib
 
-    from core import optimizers
     from core.models import count_weights
     stage, kept = importlib.import_module(script), {}
     original = stage.apply_gradients
+
+    def size(tensor):
+        return tensor.numel() * tensor.element_size()
 
     def counted(model, all_optimizers, *more):
         params = list(model.parameters())
@@ -81,17 +84,16 @@ def train(mode, script, argv):
             if mode in ("stochastic", "nearest"):
                 for p in params:
                     p.low_bits.zero_()
-            grads = sum(p.grad.numel() * p.grad.element_size() for p in params if p.grad is not None)
+            grads = sum(size(p.grad) for p in params if p.grad is not None)
             norm = original(model, all_optimizers, *more)
-            state = sum(t.numel() * t.element_size() for o in all_optimizers
-                        for s in o.state.values() for t in s.values() if hasattr(t, "element_size"))
-            weights = sum(p.numel() * p.element_size() for p in params)
+            state = sum(size(t) for o in all_optimizers for s in o.state.values()
+                        for t in s.values() if hasattr(t, "element_size"))
+            weights = sum(map(size, params))
             rest = sum(2 * p.numel() for p in params) if mode == "exact" else 0
             kept["bytes"] = (weights + rest + grads + state) / count_weights(model)
             return norm
         return original(model, all_optimizers, *more)
     stage.apply_gradients = counted
-    assert optimizers.exact_step
     if mode in ("stochastic", "nearest"):
         round_away(mode)
     stage.main(stage.parser().parse_args(argv))

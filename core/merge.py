@@ -11,7 +11,7 @@ from core.adapters import matched, merge_adapters, read_adapters
 from core.cli import make_parser, run_stage
 from core.models import add_device_flags, open_model, pick_device, pick_dtype
 from core.records import InputError
-from core.tokens import open_tokenizer
+from core.tokens import open_tokenizer, set_stops
 from core.unfinished import refuse_existing
 
 
@@ -34,8 +34,10 @@ def main(args):
         kept += torch.sum(made * change).item()
         wanted += torch.sum(change * change).item()
     partial = Path(args.out).with_name(f".{Path(args.out).name}.partial")
+    tokenizer = open_tokenizer(args.model)
+    set_stops(model, tokenizer)
     model.save_pretrained(partial)
-    open_tokenizer(args.model).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
     partial.rename(args.out)
     print(f"{args.out}: {kept / (wanted or 1):.1%} of the adapters' change is left in "
           f"{str(dtype).removeprefix('torch.')}")

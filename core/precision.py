@@ -7,8 +7,9 @@ finetuning (1e-6 to 1e-5) would be rounded away. Each trained 16-bit parameter `
     fp32 bits = (bf16 bits << 16) + remainder
 
 The forward pass reads the bf16 weight, which is the nearest one; the optimizer reads and writes the
-fp32 value. Who sets such a weight by hand does it with `set_exact`. NVIDIA's Apex (`store_param_remainders`) and TransformerEngine keep param remainders
-too; there the bf16 weight is the truncated one, which is smaller than its value in every weight.
+fp32 value. Who sets such a weight by hand does it with `set_exact`. NVIDIA's Apex
+(`store_param_remainders`) and TransformerEngine keep param remainders too; there the bf16 weight is
+the truncated one, which is smaller than its value in every weight.
 """
 
 

@@ -641,7 +641,7 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     write_jsonl(tmp_path / "in/train.jsonl", general[:32] + safety[:32])
     write_jsonl(tmp_path / "in/test.jsonl", general[32:36] + safety[32:36])
     done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in",
-                ROUNDS=1, JOBS=2, CHECKPOINTS="50", WEAK_MODEL=base / "weak",
+                ROUNDS=1, JOBS=2, LORA_RANK=0, CHECKPOINTS="50", WEAK_MODEL=base / "weak",
                 STRONG_MODEL=base / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
                 DECODING="--max-new-tokens 40", EMBEDDER=base / "strong", WEAK_LR="3e-3",
                 WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=10, SFT_BATCH=8,

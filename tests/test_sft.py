@@ -10,10 +10,9 @@ from safetensors.torch import load_file
 
 import generate
 import sft
-from core.adapters import add_lora
 from core.cli import run_stage
 from core.decoding import decode
-from core.models import open_model, save_model
+from core.models import open_model
 from core.optimizers import cosine_lr
 from core.packing import completion_logps, hidden_states, pack
 from core.records import InputError, half_of, write_jsonl
