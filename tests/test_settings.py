@@ -65,7 +65,7 @@ def test_settings_that_would_fail_after_days_are_refused_at_once(given, message,
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"LOAD_IN_4BIT": 1}, "LORA_RANK is '0': expected a rank above 0"),
+    ({"LOAD_IN_4BIT": 1, "LORA_RANK": 0}, "LORA_RANK is '0': expected a rank above 0"),
     ({"CLEAN_START": 1, "LABEL_NOISE": 0.1}, "CLEAN_START=1 drops what LABEL_NOISE makes"),
     ({"WEAK_MODEL": ""}, "WEAK_MODEL is '': expected a hub name or a folder"),
     ({"DPO_LOSS": "kto"}, "dpo.py: argument --loss: invalid choice: 'kto'"),
