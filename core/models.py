@@ -8,7 +8,7 @@ from pathlib import Path
 
 from core.adapters import inner_linears, merge_adapters, put_adapters, read_adapters, write_adapters
 from core.distributed import deliver, first, gathered, local_world, rank, world
-from core.memory import device_bytes
+from core.memory import free_bytes
 from core.precision import join, keep_exact, set_exact, split
 from core.records import InputError, write_json
 
@@ -131,7 +131,7 @@ def refuse_too_large(path, auto_class, dtype, device, load_in_4bit, shards, kwar
     """
     import torch
     from transformers import AutoConfig
-    model, have = None, device_bytes(device)
+    model, have = None, free_bytes(device)
     with torch.device("meta"), contextlib.suppress(ValueError):
         config = open_pretrained(AutoConfig, path, **kwargs)
         model = auto_class.from_config(config, dtype=dtype)

@@ -331,7 +331,7 @@ def test_gradients_through_four_bits_in_dpo(wide, problems, tmp_path, monkeypatc
     ({}, "its weights alone take .* --load-in-4bit, with --lora-rank"),
     ({"load_in_4bit": True}, "its weights alone take")])
 def test_weights_larger_than_the_device_are_not_read(wide, monkeypatch, more, message):
-    monkeypatch.setattr("core.models.device_bytes", lambda device: 10_000)
+    monkeypatch.setattr("core.models.free_bytes", lambda device: 10_000)
     # it is not even called
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     with pytest.raises(InputError, match=message):
