@@ -136,7 +136,7 @@ class Plain:
         import torch
         from transformers import LogitsProcessorList
         records, model = rows(self.run / path), self.open(self.run / folder)
-        same, parted, end = 0, [], self.tokenizer.eos_token
+        same, parted = 0, []
         for start in range(0, len(records), 16):
             part = records[start:start + 16]
             ids, mask = padded([self.prompt(r) for r in part], self.eos)
@@ -147,13 +147,17 @@ class Plain:
                     logits_processor=LogitsProcessorList([chooser] if beams == 1 else []),
                     max_new_tokens=self.new, pad_token_id=self.eos)
             for k, (r, tokens) in enumerate(zip(part, found[:, ids.shape[1]:], strict=True)):
-                ours = r["completion"] + ("" if r["truncated"] else end)
-                texts = [self.tokenizer.decode(tokens[:n + 1]) for n in range(len(tokens))]
-                if texts[-1].startswith(ours) and not texts[-1][len(ours):].replace(end, ""):
-                    same += 1       # behind it there is only padding
+                tokens = tokens.tolist()
+                ours, ended = r["completion"], self.eos in tokens
+                texts = self.tokenizer.batch_decode(
+                    [tokens[:n + 1] for n in range(len(tokens))], skip_special_tokens=True)
+                if (texts[-1], ended) == (ours, not r["truncated"]):
+                    same += 1
                 elif beams == 1:
-                    at = next((n for n, t in enumerate(texts) if not ours.startswith(t)), -1)
-                    parted.append(chooser.sure[at][k].item())
+                    last = tokens.index(self.eos) if ended else len(tokens) - 1
+                    at = next((n for n, t in enumerate(texts) if not ours.startswith(t)), last)
+                    # the token before may be the beginning of ours
+                    parted.append(min(step[k].item() for step in chooser.sure[:at + 1][-2:]))
         return len(records), same, parted
 
 
@@ -178,9 +182,9 @@ class Chooser:
             above = ends.gather(1, chosen) - noise
             self.sure.append(torch.minimum(above, shares.gather(1, chosen) - above)[:, 0])
         else:
-            best = scores.topk(2)
-            chosen = best.indices[:, :1]
-            self.sure.append(best.values[:, 0] - best.values[:, 1])
+            best = scores.topk(2).values
+            chosen = scores.argmax(-1, keepdim=True)        # in bf16 two are often equal
+            self.sure.append(best[:, 0] - best[:, 1])
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
 
 

@@ -6,6 +6,7 @@ of the base's weights: moved together they work, another model in the base's pla
 import functools
 import hashlib
 import json
+import math
 import os
 from collections import namedtuple
 from pathlib import Path
@@ -33,7 +34,7 @@ def inner_linears(model, flag):
     found = [(name, layer) for name, layer in model.named_modules()
              if isinstance(layer, torch.nn.Linear) and layer is not head]
     if not found:
-        raise InputError(f"{flag}: the model has no linear layers")
+        raise InputError(f"{flag}: the model has no linear layers (torch.nn.Linear)")
     covered = {id(layer.weight) for _, layer in found}
     covered |= {id(model.get_input_embeddings().weight), id(getattr(head, "weight", None))}
     other = {name: p.numel() for name, p in model.named_parameters()
@@ -117,7 +118,10 @@ def matched(model, adapters):
         raise InputError(f"{adapters.folder}: made for other weights than {adapters.base} has now")
     layers, t = dict(model.named_modules()), adapters.tensors
     for name in [key.removesuffix(".lora_A") for key in t if key.endswith("lora_A")]:
-        a, b, layer = t[f"{name}.lora_A"], t[f"{name}.lora_B"], layers.get(name)
+        a, b = t[f"{name}.lora_A"], t[f"{name}.lora_B"]
+        if name not in layers:      # of a model without a head
+            name = name.removeprefix(f"{model.base_model_prefix}.")
+        layer = layers.get(name)
         shape = getattr(layer, "out_features", 0), getattr(layer, "in_features", 0)
         if (b.shape[0], a.shape[1]) != shape:
             raise InputError(f"{adapters.folder}: {adapters.base} has no linear layer {name} of "
@@ -168,18 +172,23 @@ def read_adapters(folder):
             tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): f.get_tensor(name).float()
                        for name in f.keys()}
             digest = (f.metadata() or {}).get("base_digest")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        ranks = {(len(t.shape), t.shape[name.endswith("B")]) for name, t in tensors.items()}
+        if not isinstance(base, str) or not 0 < alpha < math.inf or [n for n, _ in ranks] != [2]:
+            raise ValueError("a base, an alpha and pairs of matrices of one rank are needed")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, SafetensorError) as e:
         raise InputError(f"{folder}: not adapters as a stage or PEFT writes them ({e})") from None
     more = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
                         "modules_to_save") if config.get(k)]
     more += [k for k in tensors if not k.endswith((".lora_A", ".lora_B"))
-             or k[:-1] + "B" not in tensors]
+             or k[:-1] + ("B" if k.endswith("A") else "A") not in tensors]
     if config.get("peft_type") != "LORA" or more:
         raise InputError(f"{folder}: adapters of a kind that is not read here "
                          f"({', '.join([str(config.get('peft_type')), *more[:2]])})")
     here = os.path.normpath(os.path.join(os.path.realpath(folder), base))
     if os.path.exists(here):
         base = here
+        if (Path(base) / ADAPTER_CONFIG).exists():
+            raise InputError(f"{folder}: its base, {base}, is a folder of adapters too")
     elif base.startswith((".", "/")):
         raise InputError(f"{folder}: its base, {here}, is not there: move it along, or name it in "
                          f"{ADAPTER_CONFIG} as base_model_name_or_path")

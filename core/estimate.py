@@ -5,6 +5,7 @@
 Memory is what the stages themselves print or go by (core/needs.py), time is core/roofline.py's.
 """
 import functools
+import importlib.util
 import json
 import math
 import os
@@ -179,6 +180,8 @@ def estimate(stages, name):
     """Print a line for each stage, and the totals. Raises InputError for a card not in CARDS."""
     if name not in CARDS:
         raise InputError(f"--estimate={name}: expected one of {' '.join(CARDS)}")
+    if not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")):
+        raise InputError("--estimate needs torch and transformers: pip install -r requirements.txt")
     card, work, costs = CARDS[name], Estimate(CARDS[name]), []
     print(f"one {card.name}: {card.matrix / 1e12:.0f} TFLOP/s in matrix products, "
           f"{card.attention / 1e12:.0f} in attention, {card.memory / 1e12:.2g} TB/s\n"

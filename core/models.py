@@ -179,6 +179,8 @@ def add_remainders(model, path, auto_class, exact, kwargs):
         try:
             remainders = load_file(file)
             for name, remainder in remainders.items():
+                if (remainder.dtype, remainder.shape) != (torch.int16, weights[name].shape):
+                    raise KeyError(name)
                 set_exact(weights[name], join(weights[name].to(torch.bfloat16), remainder))
         except (OSError, KeyError, RuntimeError, SafetensorError) as e:
             raise InputError(f"{file}: not the remainders of this model's weights ({e})") from None

@@ -56,6 +56,8 @@ fi
 BASELINES=$("$PYTHON" -m core.settings check "$PRESET") || exit $?
 
 # ---------------------------------------------------------------- settings that are flags
+# config.json, and with it FROM, has the settings as they were given
+given=("DECODING=$DECODING" "SCORING=$SCORING" "PRETRAINING=$PRETRAINING" "DPO_FLAGS=$DPO_FLAGS")
 TRAINING="$PACKING --state-every $STATE_EVERY"
 ADAPTERS="--lora-rank $LORA_RANK" LOADING=
 [ "$LOAD_IN_4BIT" = 0 ] || LOADING=--load-in-4bit
@@ -82,4 +84,4 @@ stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, unde
   for word in "$@"; do plan+=$'\x1f'$word; done
   plan+=$'\n'
 }
-run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }
+run_plan() { exec env "${given[@]}" "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }

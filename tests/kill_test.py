@@ -22,10 +22,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The smallest run whose weak model learns to write `#### N`, and one whose stages last long enough
+# The smallest run whose models learn to write `#### N`, and one whose stages last long enough
 # to be cut in two.
 TINY = dict(TRAIN=100, GT=40, TEST=16, PRETRAIN=300, PRETRAIN_WEAK=200, ROUNDS=1, WEAK_EPOCHS=60,
-            WEAK_LR="3e-3", SFT_EPOCHS=4, SFT_LR="1e-3", JUDGE_LR="1e-3", JUDGE_EPOCHS=2,
+            WEAK_LR="3e-3", SFT_EPOCHS=15, SFT_LR="4e-3", JUDGE_LR="1e-3", JUDGE_EPOCHS=2,
             DPO_LR="5e-5", DPO_EPOCHS=1)
 SMALL = dict(TRAIN=500, GT=100, TEST=100, PRETRAIN=2000, PRETRAIN_WEAK=1500, ROUNDS=1,
              WEAK_EPOCHS=30, WEAK_LR="3e-3", JUDGE_EPOCHS=2)

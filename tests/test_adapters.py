@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import check_resume, rows, run, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dpo
@@ -147,6 +147,9 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(data):
     ({"peft_type": "IA3"}, "IA3"),
     ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
     ({"lora_alpha": None}, "not adapters as"),
+    ({"lora_alpha": float("nan")}, "not adapters as"),
+    ({"base_model_name_or_path": None}, "not adapters as"),
+    ({"base_model_name_or_path": "."}, "is a folder of adapters too"),
     (None, "not adapters as")])
 def test_other_adapters_are_refused(data, change, message):
     train(data, "m")
@@ -157,6 +160,25 @@ def test_other_adapters_are_refused(data, change, message):
         write_json(data / "m" / ADAPTER_CONFIG, {**config, **change})
     with pytest.raises(InputError, match=message):
         logits(data / "m")
+
+
+def test_tensors_that_are_no_pairs_are_refused(data):
+    train(data, "m")
+    path = data / "m/adapter_model.safetensors"
+    good = load_file(path)
+    name = next(k for k in good if "lora_A" in k)
+    for bad in ({}, {**good, name: good[name][0]}, {**good, name: good[name][:2]},
+                {k: t for k, t in good.items() if k != name}):
+        save_file(bad, path)
+        with pytest.raises(InputError, match="m: "):
+            logits(data / "m")
+
+
+def test_adapters_of_a_language_model_serve_one_without_a_head(data):
+    from core.embeddings import embed
+    train(data, "m")
+    a, b = (embed(str(data / name), ["1 2"], "cpu")["1 2"] for name in ("base", "m"))
+    assert (a - b).abs().max() > 1e-4
 
 
 def test_a_run_that_takes_over_keeps_the_way_to_the_base(data):

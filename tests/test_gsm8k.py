@@ -123,7 +123,7 @@ def test_the_chain_on_64_real_problems(tmp_path):
     """
     base, = (finished_run()[1]).iterdir()
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=DATA, TRAIN=64, GT=32,
-                TEST=8, ROUNDS=1, WEAK_MODEL=base / "weak",
+                TEST=8, ROUNDS=1, LORA_RANK=0, WEAK_MODEL=base / "weak",
                 STRONG_MODEL=base / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=60,
                 PACKING="--row-tokens 512 --micro-tokens 2048",
                 WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=8, SFT_BATCH=8, JUDGE_LR="1e-3",

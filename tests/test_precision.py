@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import check_resume, rows, run, tiny_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import compare
 import dpo
@@ -195,6 +195,12 @@ def test_a_judge_learns_at_1e_6_in_16_bits(tiny, problems, tmp_path):
 def test_broken_remainders_are_refused(tiny, data):
     run(sft, "--model", tiny / "model", "--data", data / "d.jsonl", "--epochs", 1, "--dtype",
         "bfloat16", "--out", data / "a")
+    good = load_file(data / "a" / REMAINDER)
+    name = max(good, key=lambda k: good[k].numel())
+    for bad in (good[name][:1], good[name].float()):
+        save_file({**good, name: bad.contiguous()}, data / "a" / REMAINDER)
+        with pytest.raises(InputError, match="not the remainders"):
+            open_model(data / "a", CPU, dtype=torch.float32)
     (data / "a" / REMAINDER).write_bytes(b"broken")
     with pytest.raises(InputError, match="not the remainders"):
         open_model(data / "a", CPU, dtype=torch.float32)

@@ -1,6 +1,7 @@
 """The settings of run_ilr.sh: what is refused, what --help says, what config.json keeps."""
 import json
 import re
+import sys
 
 import pytest
 from conftest import ROOT
@@ -165,3 +166,21 @@ def test_settings_of_a_folder_where_nothing_was_made_are_forgotten(tmp_path):
     config(tmp_path, NOW)
     config(tmp_path, {**NOW, "settings": {**NOW["settings"], "ALPHA": "0.3"}})
     assert json.loads((tmp_path / "config.json").read_text())["settings"]["ALPHA"] == "0.3"
+
+
+def test_a_run_made_from_another_has_no_flag_twice(tmp_path):
+    """Settings that become flags of other settings (DTYPE, CHAT_TEMPLATE) are recorded as given."""
+    given = dict(DTYPE="bfloat16", CHAT_TEMPLATE=1)
+    code = "import json, os, sys; from core import settings as s; " \
+           "json.dump(s.configuration('gsm8k'), sys.stdout)"
+    python = tmp_path / "python"        # stands for the stages: says what config.json would hold
+    python.write_text(f"""#!/bin/sh
+case "$*" in *core.stages*) exec {sys.executable} -c "{code}" ;; esac
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    done = call(tmp_path / "a", tmp_path / "bases", "gsm8k", **{**given, "PYTHON": python})
+    made = json.loads(done.stdout)["settings"]
+    assert made["DTYPE"] == "bfloat16" and made["CHAT_TEMPLATE"] == "1"
+    assert not any("--dtype" in v or "--chat-template" in v for v in made.values())
+    assert made["DPO_FLAGS"] == "--optimizer rmsprop8bit"
