@@ -119,8 +119,8 @@ def test_real_gold_answers_are_right_and_their_neighbours_wrong(tmp_path):
 @real
 @pytest.mark.slow
 def test_the_chain_on_64_real_problems(tmp_path):
-    """SFT, judge and ILR of `run_ilr.sh gsm8k`, beams included, with the tiny base models of another
-    test. Their samples never reach `####`, without which DPO trains on nothing."""
+    """SFT, judge and ILR of `run_ilr.sh gsm8k`, beams included, with the tiny base models of
+    another test. Their samples never reach `####`, without which DPO trains on nothing."""
     base, = (finished_run()[1]).iterdir()
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=DATA, TRAIN=64, GT=32,
                 TEST=8, ROUNDS=1, METHODS="ilr", LORA_RANK=0, WEAK_MODEL=base / "weak",
