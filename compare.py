@@ -32,7 +32,6 @@ from core.memory import attempts, check_memory
 from core.models import add_device_flags, open_model, pick_device, pick_dtype, save_model
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import pack
-from core.precision import set_exact
 from core.records import InputError, write_json, write_jsonl
 from core.tokens import open_tokenizer
 from core.training import Training, add_training_flags
@@ -65,11 +64,8 @@ def train(args):
     dtype = pick_dtype(args.dtype, device)
     model = open_model(args.model, device, "AutoModelForSequenceClassification", shards=True,
                        dtype=dtype, trains="weights", num_labels=2)
-    model.config.id2label = dict(enumerate(judge.CLASSES))
-    model.config.label2id = {name: i for i, name in enumerate(judge.CLASSES)}
     judge.set_padding(model, tokenizer)
-    head = model.score.weight       # starts at probability 0.5, whatever the width
-    set_exact(head, torch.zeros(head.shape))
+    judge.new_head(model)
     shard(model, device)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
@@ -178,17 +174,6 @@ def agreements(args, task, pairs):
     return alike(args.embedder, [[r["completion"] for r in pair] for pair in pairs], args.device)
 
 
-def ask_oracle(task, rows):
-    """{row: (prob_b_ab, prob_b_ba)} by the references: 1 if only B is right, 0 if only A is."""
-    warm(task, [a for _, a, _, _ in rows.values()], [b for _, _, b, _ in rows.values()])
-    results = {}
-    for i, (_, a, b, _) in rows.items():
-        a, b = task.grade(a), task.grade(b)
-        p = 0.5 if a == b else float(b > a)
-        results[i] = (p, 1 - p)
-    return results
-
-
 def score(args):
     task = get_task(args.task)
     first(lambda: refuse_existing(args.out))
@@ -200,7 +185,8 @@ def score(args):
                           [args.a, *(args.b or []), args.judge])
     results, more, cost = {}, {}, {}
     if args.judge == "oracle":
-        results = ask_oracle(task, asked)
+        warm(task, [a for _, a, _, _ in asked.values()], [b for _, _, b, _ in asked.values()])
+        results = judge.ask_oracle(task, asked)
     elif args.judge == "human":
         results, more = judge.ask_human(args, questions, folder)
     elif is_url(args.judge):

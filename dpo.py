@@ -29,9 +29,15 @@ from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, seque
 from core.probe import probe
 from core.records import InputError, read_jsonl
 from core.tokens import open_tokenizer, set_stops
-from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
+from core.training import (
+    Training,
+    add_lm_flags,
+    add_training_flags,
+    check_lm_flags,
+    checkpoint_steps,
+)
 from core.unfinished import partial_path
-from tasks import get_task
+from tasks import get_task, parsable
 
 
 # ---------------------------------------------------------------- the losses
@@ -161,16 +167,12 @@ def open_for_training(path, args, device, tokenizer, pairs):
 def select_records(args):
     """The pairs to train on: those whose chosen completion the task can parse, as in the release.
     """
-    records = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
-    if not args.task:
-        return records
-    task, before = get_task(args.task), len(records)
-    records = [r for r in records if task.is_well_formed(r["chosen"])]
-    print(f"{before - len(records)} of {before} chosen completions cannot be parsed: their pairs "
-          "are left out")
-    if not records:
-        raise InputError(f"{args.data}: none of its {before} chosen completions can be parsed")
-    return records
+    pairs = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
+    kept = parsable(args.task, pairs, "chosen", "chosen completions cannot be parsed: their pairs "
+                    "are left out") if args.task else pairs
+    if not kept:
+        raise InputError(f"{args.data}: none of its {len(pairs)} chosen completions can be parsed")
+    return kept
 
 
 def check(args):
@@ -184,9 +186,7 @@ def check(args):
         get_task(args.task)
     if loss.noise and args.noise is None and args.judge is None:
         raise InputError(f"--loss {args.loss} needs a noise rate: give either --noise or --judge")
-    if args.load_in_4bit and not args.lora_rank:
-        raise InputError("--load-in-4bit goes with --lora-rank: weights in 4 bits cannot be "
-                         "trained")
+    check_lm_flags(args)
 
 
 def main(args):

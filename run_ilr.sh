@@ -30,7 +30,7 @@ dpo() {        # dpo NAME OUT SEED FLAGS...: DPO of $policy on the round's prefe
   stage "$name" dpo.py --model "$policy" --data "$dir/preferences.jsonl" --task "$TASK" \
     --out "$out" --loss "$DPO_LOSS" ${BETA:+--beta "$BETA"} --nll-weight "$DPO_NLL" --lr "$DPO_LR" \
     --epochs "$DPO_EPOCHS" --batch-size "$DPO_BATCH" --seed "$order" $TRAINING $ADAPTERS \
-    $DPO_FLAGS "$@"
+    $dpo_flags "$@"
 }
 
 grade() {      # grade NAME FILE: FILE.jsonl -> FILE.graded.jsonl
@@ -43,7 +43,7 @@ answer() {     # answer NAME DIR MODEL K FLAGS...: a model's test answers, grade
   local name=$1 dir=$2 model=$3 k=$4
   shift 4
   stage "$name/answer_$k" generate.py --model "$model" --data "$questions" \
-    --out "$dir/eval_$k.jsonl" $DECODING "$@"
+    --out "$dir/eval_$k.jsonl" $decoding "$@"
   grade "$name/grade_$k" "$dir/eval_$k"
 }
 
@@ -74,20 +74,20 @@ cross_label() { # the round's proposals: a model of each half of $labels answers
   done
   stage "$name/propose" generate.py --model "$dir/half_1" "$dir/half_2" --data "$labels" \
     --half 2 1 --out "$dir/proposals_1.jsonl" "$dir/proposals_2.jsonl" --source proposal \
-    --round $round --seed "$seed" $DECODING $PROPOSING $LOADING
+    --round $round --seed "$seed" $decoding $PROPOSING $LOADING
 }
 
 sample() {     # sample N: N answers of $policy to every problem of D_unlab
   stage "$name/sample" generate.py --model "$policy" --data "$data/unlab.jsonl" --num-samples "$1" \
     --temperature "$DPO_TEMPERATURE" --seed $((seed + 1000 * round)) --source policy \
-    --out "$dir/samples.jsonl" $DECODING $LOADING
+    --out "$dir/samples.jsonl" $decoding $LOADING
 }
 
 compare() {    # compare A [B...]: the judge on pairs of A and B, or on A's samples two by two
   local a=$1
   shift
   stage "$name/compare" compare.py score --judge "$judge" --task "$TASK" --a "$a" ${1+--b "$@"} \
-    --out "$dir/comparisons.jsonl" $SCORING ${EMBEDDER:+--embedder "$EMBEDDER"} \
+    --out "$dir/comparisons.jsonl" $scoring ${EMBEDDER:+--embedder "$EMBEDDER"} \
     ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} --flip-share "$JUDGE_FLIPS" \
     --flip-kind "$FLIP_KIND" --seconds-per-pair "$SECONDS_PER_PAIR"
 }
@@ -103,14 +103,14 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
 weak=$WEAK_MODEL strong=$STRONG_MODEL
 missing=$([ "$weak" ] || echo weak; [ "$strong" ] || echo strong)
 if [ "$PRETRAIN" ] && [ "$missing" ]; then
-  recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)
+  recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $pretraining"; } | cksum)
   bases=$BASES/$TASK-${recipe%% *}       # another recipe is another folder
   stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" \
     --out "$bases/corpora"
   for base in $missing; do
     stage bases/$base sft.py --init-config "$bases/corpora/$base.json" \
       --tokenizer "$bases/corpora/tokenizer" --data "$bases/corpora/corpus_$base.jsonl" \
-      --out "$bases/$base" $PRETRAINING --state-every "$STATE_EVERY"
+      --out "$bases/$base" $pretraining --state-every "$STATE_EVERY"
   done
   weak=${weak:-$bases/weak} strong=${strong:-$bases/strong}
 fi
@@ -132,7 +132,7 @@ for seed in $SEEDS; do
       --models "${checkpoints[@]}" --accuracy "$WEAK_ACCURACY" --out "$demonstrator"
   fi
   stage weak/label generate.py --model "$demonstrator" --data "$data/unlab.jsonl" \
-    --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $DECODING $LABELING
+    --out "$run/weak/labels.jsonl" --source weak --seed "$seed" $decoding $LABELING
   grade_labels weak "$run/weak"
   answer weak "$run/weak" "$demonstrator" 1
   judge=$JUDGE told=''         # told: what tells a loss of the judge's errors

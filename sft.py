@@ -31,9 +31,15 @@ from core.precision import exact_in
 from core.probe import probe
 from core.records import InputError, half_of, read_jsonl
 from core.tokens import encode_completion, encode_prompt, open_tokenizer, set_stops
-from core.training import Training, add_lm_flags, add_training_flags, checkpoint_steps
+from core.training import (
+    Training,
+    add_lm_flags,
+    add_training_flags,
+    check_lm_flags,
+    checkpoint_steps,
+)
 from core.unfinished import partial_path
-from tasks import get_task
+from tasks import get_task, parsable
 
 
 def select_records(args):
@@ -43,9 +49,8 @@ def select_records(args):
     if args.half:
         records = [r for r in records if half_of(args.seed, args.round, r["id"]) == args.half]
     if args.task:
-        task, before = get_task(args.task), len(records)
-        records = [r for r in records if task.is_well_formed(r["completion"])]
-        print(f"{before - len(records)} of {before} labels cannot be parsed and are left out")
+        records = parsable(args.task, records, "completion",
+                           "labels cannot be parsed and are left out")
     if not records:
         raise InputError(f"{args.data}: none of its {total} records is left to train on")
     return records
@@ -88,9 +93,7 @@ def new_model(init_config, device, dtype):
 def check(args):
     if bool(args.model) == bool(args.init_config) or bool(args.init_config) != bool(args.tokenizer):
         raise InputError("give either --model, or --init-config together with --tokenizer")
-    if args.load_in_4bit and not (args.lora_rank and args.model):
-        raise InputError("--load-in-4bit goes with --model and --lora-rank: weights in 4 bits "
-                         "cannot be trained")
+    check_lm_flags(args)
     if args.task:
         get_task(args.task)
 

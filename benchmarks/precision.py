@@ -79,20 +79,21 @@ def train(mode, script, argv):
         return tensor.numel() * tensor.element_size()
 
     def counted(model, all_optimizers, *more):
+        if kept:        # counted in the first step
+            return original(model, all_optimizers, *more)
         params = list(model.parameters())
-        if not kept:
-            if mode in ("stochastic", "nearest"):
-                for p in params:
-                    p.low_bits.zero_()
-            grads = sum(size(p.grad) for p in params if p.grad is not None)
-            norm = original(model, all_optimizers, *more)
-            state = sum(size(t) for o in all_optimizers for s in o.state.values()
-                        for t in s.values() if hasattr(t, "element_size"))
-            weights = sum(map(size, params))
-            rest = sum(2 * p.numel() for p in params) if mode == "exact" else 0
-            kept["bytes"] = (weights + rest + grads + state) / count_weights(model)
-            return norm
-        return original(model, all_optimizers, *more)
+        if mode in ("stochastic", "nearest"):       # they start from the rounded weights
+            for p in params:
+                p.low_bits.zero_()
+        held = params + [p.grad for p in params if p.grad is not None]
+        if mode == "exact":
+            held += [p.low_bits for p in params]
+        used = sum(map(size, held))
+        norm = original(model, all_optimizers, *more)
+        state = sum(size(t) for o in all_optimizers for s in o.state.values()
+                    for t in s.values() if hasattr(t, "element_size"))
+        kept["bytes"] = (used + state) / count_weights(model)
+        return norm
     stage.apply_gradients = counted
     if mode in ("stochastic", "nearest"):
         round_away(mode)

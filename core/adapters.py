@@ -100,13 +100,19 @@ def put_adapters(model, adapters):
 def merge_adapters(model, adapters):
     """Make W + alpha / rank BA the layers' weights: exactly, if they carry remainders.
 
-    Weights that another process holds are left as they are.
+    Returns how much of the change the weights themselves show, a projection: 1 in fp32, less where
+    16 bits round. Weights that another process holds are left as they are.
     """
+    kept = wanted = 0.0
     for _, layer, a, b in matched(model, adapters):
-        if not layer.weight.is_meta:
-            p = layer.weight
+        p = layer.weight
+        if not p.is_meta:
             change = adapters.alpha / len(a) * (b.to(p.device) @ a.to(p.device))
-            set_exact(p, (exact_value(p) + change).to(change.dtype))
+            before = exact_value(p).float().clone()     # fp32 weights change in place
+            set_exact(p, before + change)
+            kept += ((p.data.float() - before) * change).sum().item()
+            wanted += (change * change).sum().item()
+    return kept / (wanted or 1)
 
 
 def matched(model, adapters):

@@ -11,6 +11,7 @@ from core.endpoint import Endpoint
 from core.human import ask_person
 from core.models import count_weights, open_model, pick_device, pick_dtype
 from core.packing import hidden_states, pack
+from core.precision import set_exact
 from core.probe import probe
 from core.records import InputError, dumps, read_jsonl
 from core.tokens import encode_completion, encode_prompt, open_tokenizer
@@ -168,6 +169,14 @@ def set_padding(model, tokenizer):
     model.config.pad_token_id = config.pad_token_id = pad
 
 
+def new_head(model):
+    """Name the two classes, and let the head start at probability 0.5, whatever the width."""
+    import torch
+    model.config.id2label = dict(enumerate(CLASSES))
+    model.config.label2id = {name: i for i, name in enumerate(CLASSES)}
+    set_exact(model.score.weight, torch.zeros(model.score.weight.shape))
+
+
 def probe_judge(model, sequences, args, device):
     """`core.probe.probe` for a judge, on sequences of token ids."""
     import torch
@@ -262,6 +271,19 @@ def ask_model(args, questions, folder):
     price = {"weights": count_weights(model),
              "read_tokens": sum(len(ids) for i in asked for ids in sequences[i])}
     return {i: (ab, ba) for i, ab, ba in log.results}, price
+
+
+def ask_oracle(task, rows):
+    """{key: (prob_b_ab, prob_b_ba)} by the references: 1 if only B is right, 0 if only A is.
+
+    rows: {key: (.., record A, record B, ..)}. A task that is slow to grade must be warm.
+    """
+    results = {}
+    for i, (_, a, b, _) in rows.items():
+        a, b = task.grade(a), task.grade(b)
+        p = 0.5 if a == b else float(b > a)
+        results[i] = (p, 1 - p)
+    return results
 
 
 def ask_human(args, questions, folder):

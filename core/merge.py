@@ -7,7 +7,7 @@ smaller than a step of the weights: the command says how much of the adapters' c
 """
 from pathlib import Path
 
-from core.adapters import matched, merge_adapters, read_adapters
+from core.adapters import merge_adapters, read_adapters
 from core.cli import make_parser, run_stage
 from core.models import add_device_flags, open_model, pick_device, pick_dtype
 from core.records import InputError
@@ -21,25 +21,17 @@ def main(args):
     if adapters is None:
         raise InputError(f"{args.model}: not a folder of adapters")
 
-    import torch
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     model = open_model(adapters.base, device, dtype=dtype)
-    before = {name: layer.weight.data.clone() for name, layer, _, _ in matched(model, adapters)}
-    merge_adapters(model, adapters)
-    kept = wanted = 0.0
-    for name, layer, a, b in matched(model, adapters):
-        change = adapters.alpha / len(a) * (b @ a).to(device)
-        made = layer.weight.data.float() - before[name].float()
-        kept += torch.sum(made * change).item()
-        wanted += torch.sum(change * change).item()
+    kept = merge_adapters(model, adapters)
     partial = Path(args.out).with_name(f".{Path(args.out).name}.partial")
     tokenizer = open_tokenizer(args.model)
     set_stops(model, tokenizer)
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(args.out)
-    print(f"{args.out}: {kept / (wanted or 1):.1%} of the adapters' change is left in "
+    print(f"{args.out}: {kept:.1%} of the adapters' change is left in "
           f"{str(dtype).removeprefix('torch.')}")
 
 

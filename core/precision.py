@@ -53,11 +53,8 @@ def set_exact(p, values):
 def exact_in(model, dtype):
     """Hold a model's fp32 weights in `dtype`, exactly."""
     import torch
-    for p in model.parameters():
-        values = p.data
-        if dtype == torch.bfloat16:
-            p.data = values.to(dtype)
-        set_exact(p, values)
+    for p in model.parameters() if dtype == torch.bfloat16 else ():
+        p.data, p.low_bits = split(p.data)
 
 
 def keep_exact(model):

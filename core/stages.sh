@@ -56,23 +56,23 @@ fi
 BASELINES=$("$PYTHON" -m core.settings check "$PRESET") || exit $?
 
 # ---------------------------------------------------------------- settings that are flags
-# config.json, and with it FROM, has the settings as they were given
-given=("DECODING=$DECODING" "SCORING=$SCORING" "PRETRAINING=$PRETRAINING" "DPO_FLAGS=$DPO_FLAGS")
+# lower case, where a setting of that name exists: config.json has the settings as they were given
 TRAINING="$PACKING --state-every $STATE_EVERY"
 ADAPTERS="--lora-rank $LORA_RANK" LOADING=
+decoding=$DECODING scoring=$SCORING pretraining=$PRETRAINING dpo_flags=$DPO_FLAGS
 [ "$LOAD_IN_4BIT" = 0 ] || LOADING=--load-in-4bit
 if [ "$NPROC" = 1 ]; then
   ADAPTERS="$ADAPTERS $LOADING"
 else       # several processes train sharded 16 bits; 8-bit optimizers cannot read shards
-  DPO_FLAGS=${DPO_FLAGS/8bit/}
+  dpo_flags=${DPO_FLAGS/8bit/}
 fi
 if [ "$DTYPE" ]; then
-  TRAINING="$TRAINING --dtype $DTYPE" DECODING="$DECODING --dtype $DTYPE"
-  SCORING="$SCORING --dtype $DTYPE" PRETRAINING="$PRETRAINING --dtype $DTYPE"
+  TRAINING="$TRAINING --dtype $DTYPE" decoding="$decoding --dtype $DTYPE"
+  scoring="$scoring --dtype $DTYPE" pretraining="$pretraining --dtype $DTYPE"
 fi
 if [ "$CHAT_TEMPLATE" = 1 ]; then
-  TRAINING="$TRAINING --chat-template" DECODING="$DECODING --chat-template"
-  SCORING="$SCORING --chat-template"
+  TRAINING="$TRAINING --chat-template" decoding="$decoding --chat-template"
+  scoring="$scoring --chat-template"
 fi
 
 # ---------------------------------------------------------------- the plan
@@ -84,4 +84,4 @@ stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, unde
   for word in "$@"; do plan+=$'\x1f'$word; done
   plan+=$'\n'
 }
-run_plan() { exec env "${given[@]}" "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }
+run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }

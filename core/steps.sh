@@ -36,7 +36,7 @@ judge_samples() { # answers to D_gt of every weak checkpoint, or of a weak model
       models+=("${checkpoints[i]}") outs+=("${samples[i]}")
     done
     stage "judge/sample_$k" generate.py --model "${models[@]}" --data "$data/gt.jsonl" \
-      --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source "${sources[k]}" $DECODING
+      --out "${outs[@]}" --temperature 0.6 --seed "$seed" --source "${sources[k]}" $decoding
   done
 }
 
@@ -92,7 +92,7 @@ baseline() {   # baseline METHOD ROUNDS SAMPLES STEPS...
             stage "$name/answer_$k" generate.py --model "$run/ilr_1/half_$k" \
               --data "$data/$EVAL.jsonl" --num-samples $(((DPO_SAMPLES + 1) / 2)) \
               --temperature "$DPO_TEMPERATURE" --seed $((seed + 1000 * k)) \
-              --out "$dir/samples_$k.jsonl" $DECODING $LOADING
+              --out "$dir/samples_$k.jsonl" $decoding $LOADING
           done ;;
         retrain) retrain "$name" "$dir" "$dir/labels.jsonl" ;;
         prefer) next_policy dpo ${told:+--judge "$told"} ;;

@@ -159,3 +159,9 @@ def add_lm_flags(p):
                    help="train adapters of this rank, or those of --model on (0: every weight)")
     p.add_argument("--load-in-4bit", action="store_true",
                    help="with --lora-rank: keep the frozen weights in 4 bits (NF4)")
+
+
+def check_lm_flags(args):
+    if args.load_in_4bit and not (args.lora_rank and args.model):
+        raise InputError("--load-in-4bit goes with --model and --lora-rank: weights in 4 bits "
+                         "cannot be trained")

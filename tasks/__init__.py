@@ -54,6 +54,14 @@ from core.records import InputError, write_jsonl
 TASKS = sorted(p.stem for p in Path(__file__).parent.glob("[a-z]*.py"))
 
 
+def parsable(name, records, field, what):
+    """The records whose `field` the task can parse; says how many of these, `what`, it cannot."""
+    task = get_task(name)
+    kept = [r for r in records if task.is_well_formed(r[field])]
+    print(f"{len(records) - len(kept)} of {len(records)} {what}")
+    return kept
+
+
 def get_task(name):
     """The module of a task. Raises InputError if there is no such file. A task has
 

@@ -38,6 +38,12 @@ def run(stage, *argv):
     stage.main(stage.parser().parse_args([str(a) for a in argv]))
 
 
+def preferences(problems, rejected="#### 1"):
+    """Preference records: each problem's own completion over another text."""
+    return [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
+             "rejected": rejected} for p in problems]
+
+
 def rows(path):
     lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]

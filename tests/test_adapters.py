@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import check_resume, rows, run, tiny_model
+from conftest import check_resume, preferences, rows, run, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -34,9 +34,7 @@ def data(tiny, problems, tmp_path):
     """A base of its own beside the records, so that it can be moved and changed."""
     shutil.copytree(tiny / "model", tmp_path / "base")
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    write_jsonl(tmp_path / "p.jsonl",
-                [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
-                  "rejected": "#### 1"} for p in problems[:6]])
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:6]))
     return tmp_path
 
 

@@ -398,7 +398,8 @@ def test_gradient_is_that_of_the_full_batch_mean(train_argv, tiny, tokenizer, tm
                                                  monkeypatch):
     def seeded(weight, _):
         torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(compare, "set_exact", seeded)       # a head of 0 has no gradients behind it
+    # a head of 0 has no gradients behind it
+    monkeypatch.setattr("core.judge.set_exact", seeded)
     argv = [*train_argv, "--batch-size", 1000, "--epochs", 1]
     large = first_gradients(monkeypatch, compare, *argv, "--out", tmp_path / "a")
     small = first_gradients(monkeypatch, compare, *argv, "--out", tmp_path / "b",

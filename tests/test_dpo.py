@@ -4,13 +4,21 @@ import math
 
 import pytest
 import torch
-from conftest import assert_same_gradients, check_resume, first_gradients, rows, run
+from conftest import (
+    assert_same_gradients,
+    check_resume,
+    everything,
+    first_gradients,
+    preferences,
+    rows,
+    run,
+)
 from safetensors.torch import load_file
 
 import dpo
 from core.models import open_model
 from core.pairs import pair_batches, sequence_logps
-from core.records import write_jsonl
+from core.records import InputError, write_jsonl
 from core.tokens import encode_completion, encode_prompt
 
 NAMES = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
@@ -193,3 +201,24 @@ def test_checkpoints_are_models_of_their_step(argv, tmp_path):
 def test_interrupted_training_continues_byte_for_byte(argv, tmp_path, monkeypatch, capsys, calls):
     check_resume(monkeypatch, capsys, tmp_path, dpo,
                  [*argv, "--batch-size", 4, "--lr", 1e-3, "--optimizer", "rmsprop8bit"], calls)
+
+
+def test_pairs_whose_chosen_completion_cannot_be_parsed_are_left_out(tiny, problems, tmp_path,
+                                                                     capsys):
+    """As in the release, and counted; what is rejected may be anything."""
+    good = preferences(problems[:4], "no number")
+    bad = [{**p, "chosen": "no number", "rejected": "#### 1"} for p in preferences(problems[4:7])]
+    write_jsonl(tmp_path / "all.jsonl", good + bad)
+    write_jsonl(tmp_path / "good.jsonl", good)
+    write_jsonl(tmp_path / "bad.jsonl", bad)
+    argv = ["--model", tiny / "model", "--lr", 1e-3]
+    run(dpo, *argv, "--data", tmp_path / "all.jsonl", "--task", "arithmetic", "--out",
+        tmp_path / "a")
+    said = "3 of 7 chosen completions cannot be parsed: their pairs are left out"
+    assert said in capsys.readouterr().out
+    run(dpo, *argv, "--data", tmp_path / "good.jsonl", "--out", tmp_path / "b")
+    a, b = (everything(tmp_path / name) for name in "ab")
+    assert a == b
+    with pytest.raises(InputError, match="none of its 3 chosen completions can be parsed"):
+        run(dpo, *argv, "--data", tmp_path / "bad.jsonl", "--task", "arithmetic", "--out",
+            tmp_path / "c")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, Interrupted, interrupt_after, rows, run, tiny_model
+from conftest import ROOT, Interrupted, interrupt_after, preferences, rows, run, tiny_model
 from safetensors.torch import load_file
 
 import compare
@@ -42,9 +42,7 @@ def base(tmp_path_factory, tokenizer):
 def data(problems, tmp_path):
     """Demonstrations and preference pairs of the same 4 problems."""
     write_jsonl(tmp_path / "d.jsonl", problems[:4])
-    write_jsonl(tmp_path / "p.jsonl",
-                [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
-                  "rejected": "#### 1"} for p in problems[:4]])
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
     return tmp_path
 
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import assert_same_gradients, first_gradients, rows, run, tiny_config
+from conftest import assert_same_gradients, first_gradients, preferences, rows, run, tiny_config
 from test_compare import train_argv  # noqa: F401  (a fixture)
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -300,9 +300,7 @@ def out_of_memory(monkeypatch, stage, function, most,
 def trainings(tiny, problems, train_argv, tmp_path):  # noqa: F811
     """(stage, (module, name) of its forward function, the command line of one short training)."""
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    write_jsonl(tmp_path / "p.jsonl",
-                [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
-                  "rejected": "#### 1"} for p in problems[:6]])
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:6]))
     return ((sft, (sft, "completion_logps"),
              ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--epochs", 1]),
             (dpo, (dpo, "sequence_logps"),

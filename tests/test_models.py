@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import assert_same_gradients, check_resume, rows, run, tiny_model
+from conftest import assert_same_gradients, check_resume, preferences, rows, run, tiny_model
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -252,11 +252,6 @@ def wide(tmp_path_factory, tokenizer):
     return folder
 
 
-def preferences(problems):
-    return [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"}
-            for p in problems]
-
-
 def nf4(weight):
     """A weight as 4 bits hold it: per 64 values, the nearest of 16 normal quantiles times the
     largest (QLoRA, appendix E), here to the precision of the scales, which are quantized too."""
@@ -297,7 +292,7 @@ def test_adapters_on_four_bits_train_and_continue(wide, problems, tmp_path, monk
         run(generate, "--model", tmp_path / "m", *more, "--data", tmp_path / "d.jsonl",
             "--max-new-tokens", 4, "--out", tmp_path / f"o{len(more)}.jsonl")
     check_resume(monkeypatch, capsys, tmp_path, sft, argv, calls=4)
-    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4], "no"))
     run(dpo, "--model", wide, "--data", tmp_path / "p.jsonl", "--epochs", 1, "--lora-rank", 4,
         "--load-in-4bit", "--out", tmp_path / "n")
     # adapters that are 0 are the reference: ln 2, to the 6 digits of the log
@@ -314,7 +309,7 @@ def test_gradients_through_four_bits_in_dpo(wide, problems, tmp_path, monkeypatc
             weight = bnb.functional.dequantize_4bit(m.weight.data, m.weight.quant_state)
             model.get_submodule(name).weight.data = weight
     save_model(model, AutoTokenizer.from_pretrained(wide), tmp_path / "same")
-    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:3]))
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:3], "no"))
     found = []
 
     def spy(model, *args):

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Interrupted, interrupt_after, rows, run, tiny_model
+from conftest import ROOT, Interrupted, interrupt_after, preferences, rows, run, tiny_model
 
 import compare
 import dpo
@@ -123,9 +123,7 @@ def done(tiny, tokenizer, problems, tmp_path_factory):
     write_jsonl(data / "short.jsonl", problems[:10])
     write_jsonl(data / "wrong.jsonl",
                 [{**p, "completion": f"#### {int(p['reference']) + 1}"} for p in problems])
-    write_jsonl(data / "pairs.jsonl",
-                [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
-                  "rejected": "#### 1"} for p in problems[:9]])
+    write_jsonl(data / "pairs.jsonl", preferences(problems[:9]))
     chain, said = data / "chain", {}
     cut = [trainings(tiny, data, chain)["tied"], trainings(tiny, data, chain)["judge"],
            answers(tiny, data, chain)["sampled.jsonl"]]

@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 import torch
-from conftest import check_resume, rows, run, tiny_model
+from conftest import check_resume, preferences, rows, run, tiny_model
 from safetensors.torch import load_file, save_file
 
 import compare
@@ -112,9 +112,7 @@ def test_states_are_restored_in_their_own_type(name):
 @pytest.fixture()
 def data(problems, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", problems[:8])
-    write_jsonl(tmp_path / "p.jsonl",
-                [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"],
-                  "rejected": "#### 1"} for p in problems[:6]])
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:6]))
     return tmp_path
 
 

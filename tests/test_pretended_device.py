@@ -9,7 +9,7 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
-from conftest import ROOT, check_resume, everything, run, tiny_model
+from conftest import ROOT, check_resume, everything, preferences, run, tiny_model
 from pretend_cuda import pretended_card
 from transformers import BatchEncoding
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -80,8 +80,7 @@ def folder(tmp_path_factory, tokenizer, problems):
     write_jsonl(top / "wrong.jsonl", [{**p, "completion": f"#### {int(p['reference']) + 1}"}
                                       for p in problems[:10]])
     write_jsonl(top / "few.jsonl", problems[:4])
-    write_jsonl(top / "pairs.jsonl", [{"id": p["id"], "prompt": p["prompt"], "rejected": "#### 1",
-                                   "chosen": p["completion"]} for p in problems[:4]])
+    write_jsonl(top / "pairs.jsonl", preferences(problems[:4]))
     with pytest.MonkeyPatch.context() as m:
         m.chdir(top)
         start_on_cpu(RUNS["sft of adapters"], top / "lora")
@@ -180,7 +179,7 @@ MISTAKES = {
         batch)),
     "remainders": ("sft", sft, "open_model", lambda f, *args, **more: remainders_on_cpu(
         f(*args, **more))),
-    "a zeroed head": ("judge", compare, "set_exact", lambda f, p, values: setattr(
+    "a zeroed head": ("judge", judge, "set_exact", lambda f, p, values: setattr(
         p, "data", values.to(p.dtype).cpu())),
     "a judge's head": ("score", judge, "open_model", lambda f, *args, **more: parameters_on_cpu(
         f(*args, **more), "score")),

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rows, run, tiny_model
+from conftest import preferences, rows, run, tiny_model
 from test_compare import train_argv, wrong  # noqa: F401  (a fixture)
 from test_models import FAMILIES as TOKENIZERS
 from test_models import make_tokenizer
@@ -199,17 +199,12 @@ def family_folder(folder, tokenizer, family, **more):
     return folder
 
 
-def preferences(problems):
-    return [{"id": p["id"], "prompt": p["prompt"], "chosen": p["completion"], "rejected": "no"}
-            for p in problems]
-
-
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
 def test_first_dpo_loss_is_ln_2_with_default_dropout(family, tokenizer, problems, tmp_path, capsys):
     folder = family_folder(tmp_path / "model", tokenizer, family)
     assert AutoConfig.from_pretrained(folder).to_dict()[
         {"gpt2": "resid_pdrop", "opt": "dropout"}[family]] == 0.1
-    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:8]))
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:8], "no"))
     run(dpo, "--model", folder, "--data", tmp_path / "p.jsonl", "--batch-size", 4, "--epochs", 1,
         "--row-tokens", 400, "--out", tmp_path / "dpo")
     # the log has 6 digits
@@ -284,7 +279,7 @@ def too_small(tiny, tokenizer, tmp_path_factory):
 def test_an_eos_without_an_embedding_is_refused(stage, too_small, problems, train_argv,  # noqa: F811
                                                 tmp_path):
     write_jsonl(tmp_path / "d.jsonl", problems[:4])
-    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4]))
+    write_jsonl(tmp_path / "p.jsonl", preferences(problems[:4], "no"))
     argv = {"sft": [sft, "--model", too_small, "--data", tmp_path / "d.jsonl"],
             "dpo": [dpo, "--model", too_small, "--data", tmp_path / "p.jsonl"],
             "generate": [generate, "--model", too_small, "--data", tmp_path / "d.jsonl"],
