@@ -37,10 +37,19 @@ class Plain:
         more, adapters = {}, (folder / "adapter_config.json").exists()
         if "LOAD_IN_4BIT" in self.settings and auto == "AutoModelForCausalLM":
             more["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=self.dtype)
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=self.dtype)
         model = getattr(transformers, auto).from_pretrained(
             self.base if adapters else folder, dtype=dtype or self.dtype, **more)
-        return (PeftModel.from_pretrained(model, folder) if adapters else model).eval()
+        for layer in model.modules():       # a kernel that computes in bf16, in fp32 models too
+            if hasattr(layer, "support_avx512bf16_for_cpu"):
+                layer.support_avx512bf16_for_cpu = False
+        if adapters:
+            model = PeftModel.from_pretrained(model, folder)
+            for name, p in model.named_parameters():
+                if "lora_" in name:     # peft adds fp32 adapters to bf16 models
+                    p.data = p.data.to(self.dtype)
+        return model.eval()
 
     def ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from _bench import ROOT, about, in_words, problems, save
-from _plain import Plain, check, differs, rows
+from _plain import TOLERANCE, Plain, check, differs, rows
 from _weights import SOURCES, fetch
 
 # ---------------------------------------------------------------- the chain
@@ -154,6 +154,12 @@ def tables(work, checks):
                          for what in next(iter(checks.values()))])])
 
 
+def allowed():
+    """The tolerances in words."""
+    fp32, bf16 = TOLERANCE.values()
+    return "; ".join(f"{name} {fp32[name]:g} / {bf16[name]:g}" for name in fp32)
+
+
 def main(args):
     import transformers
     source, cache = SOURCES[args.model], args.cache.resolve()
@@ -176,8 +182,12 @@ def main(args):
             kept.write_text(json.dumps(check(plain)))
         checks[variant] = json.loads(kept.read_text())
     where = about()
-    text = "\n\n".join([f"**The gsm8k chain with {source.name}, in its smallest real size**",
-                        tables(work, checks), in_words(where)])
+    text = "\n\n".join([
+        f"**The gsm8k chain with {source.name}, in its smallest real size**",
+        tables(work, checks),
+        f"Allowed in fp32 / bf16: {allowed()}; beams have to be the same / may differ.",
+        "Both models are this one, the problems GSM8K's shortest. Settings: "
+        + " ".join(f"{name}={value!r}" for name, value in SETTINGS.items()), in_words(where)])
     print(text)
     save("real_weights", text, {"about": where, "settings": SETTINGS, "checks": checks,
                                 "needs": {v: needs(work / v) for v in checks}}, indent=2)
