@@ -5,6 +5,7 @@
 #                                 gsm8k-70b, bird, saferpaca; or any file of tasks/
 #   bash run_ilr.sh --help        the settings, which are variables: ROUNDS=6 bash run_ilr.sh
 #   bash run_ilr.sh --dry-run     every stage's name and command, in order; nothing runs
+#   bash run_ilr.sh --bases       only the base models: BASE_SEED=1 makes another pair of them
 #   bash run_ilr.sh gsm8k --estimate     memory, disk and hours of each on an H100 (=A100, =4090)
 #   FROM=runs/a OUT=runs/b bash run_ilr.sh     take over from runs/a what an edit leaves unchanged
 #
@@ -99,21 +100,9 @@ refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for
     --seed "$seed" "$@"
 }
 
-# ---------------------------------------------------------------- base models, given or made here
+# ---------------------------------------------------------------- base models: given, or of bases/
 weak=$WEAK_MODEL strong=$STRONG_MODEL
-missing=$([ "$weak" ] || echo weak; [ "$strong" ] || echo strong)
-if [ "$PRETRAIN" ] && [ "$missing" ]; then
-  recipe=$({ cat "tasks/$TASK.py"; echo "$PRETRAIN $PRETRAIN_WEAK $pretraining"; } | cksum)
-  bases=$BASES/$TASK-${recipe%% *}       # another recipe is another folder
-  stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" "$PRETRAIN_WEAK" \
-    --out "$bases/corpora"
-  for base in $missing; do
-    stage bases/$base sft.py --init-config "$bases/corpora/$base.json" \
-      --tokenizer "$bases/corpora/tokenizer" --data "$bases/corpora/corpus_$base.jsonl" \
-      --out "$bases/$base" $pretraining --state-every "$STATE_EVERY"
-  done
-  weak=${weak:-$bases/weak} strong=${strong:-$bases/strong}
-fi
+base_models                    # $weak and $strong; a pair that bases/ lacks is made first
 
 for seed in $SEEDS; do
   at=seed_$seed run=$OUT/seed_$seed data=$OUT/seed_$seed/data questions=$data/$EVAL.jsonl

@@ -16,7 +16,7 @@ from core.sources import fingerprint, sources_of
 
 # Endings of the ILR_* variables, which stages read, that change no result.
 NO_MATTER = ("_KEY", "_CACHE", "_CONCURRENCY")
-LIGHT = ("refine.py", "evaluate.py", "tasks/", "baselines/")       # scripts that need no model
+LIGHT = ("refine.py", "evaluate.py", "tasks/", "baselines/", "core/")    # no model computes
 
 
 class Stage:

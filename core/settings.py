@@ -54,7 +54,7 @@ KINDS = {
     **dict.fromkeys("DPO_NLL WEAK_LR SFT_LR JUDGE_LR CHOSEN_LR DPO_LR STATE_EVERY "
                     "DPO_TEMPERATURE".split(), NUMBER),
     **dict.fromkeys("CLEAN_START LOAD_IN_4BIT CHAT_TEMPLATE GRADE_LABELS".split(), SWITCH),
-    **dict.fromkeys("LORA_RANK GT".split(), WHOLE),
+    **dict.fromkeys("LORA_RANK GT BASE_SEED".split(), WHOLE),
     **dict.fromkeys("PRETRAIN PRETRAIN_WEAK".split(),
                     (rf"({COUNT[0]})?", f"{COUNT[1]}, or nothing")),
 }

@@ -5,10 +5,11 @@ cd "$here"
 die() { echo "run_ilr.sh: error: $*" >&2; exit 2; }
 
 # ---------------------------------------------------------------- the command line
-ACTION=run PRESET= CARD=
+ACTION=run PRESET= CARD= ONLY_BASES=
 for word in ${1+"$@"}; do
   case $word in
     --dry-run) [ $ACTION = estimate ] || ACTION=dry-run ;;
+    --bases) ONLY_BASES=1 ;;
     --estimate) ACTION=estimate CARD=H100 ;;
     --estimate=*) ACTION=estimate CARD=${word#*=} ;;
     --help|-h) ACTION=help ;;
@@ -59,7 +60,7 @@ BASELINES=$("$PYTHON" -m core.settings check "$PRESET") || exit $?
 # lower case, where a setting of that name exists: config.json has the settings as they were given
 TRAINING="$PACKING --state-every $STATE_EVERY"
 ADAPTERS="--lora-rank $LORA_RANK" LOADING=
-decoding=$DECODING scoring=$SCORING pretraining=$PRETRAINING dpo_flags=$DPO_FLAGS
+decoding=$DECODING scoring=$SCORING dpo_flags=$DPO_FLAGS
 [ "$LOAD_IN_4BIT" = 0 ] || LOADING=--load-in-4bit
 if [ "$NPROC" = 1 ]; then
   ADAPTERS="$ADAPTERS $LOADING"
@@ -68,7 +69,7 @@ else       # several processes train sharded 16 bits; 8-bit optimizers cannot re
 fi
 if [ "$DTYPE" ]; then
   TRAINING="$TRAINING --dtype $DTYPE" decoding="$decoding --dtype $DTYPE"
-  scoring="$scoring --dtype $DTYPE" pretraining="$pretraining --dtype $DTYPE"
+  scoring="$scoring --dtype $DTYPE"
 fi
 if [ "$CHAT_TEMPLATE" = 1 ]; then
   TRAINING="$TRAINING --chat-template" decoding="$decoding --chat-template"
@@ -84,4 +85,7 @@ stage() {      # stage NAME SCRIPT ARGUMENTS...: put a command on the plan, unde
   for word in "$@"; do plan+=$'\x1f'$word; done
   plan+=$'\n'
 }
-run_plan() { exec "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"; }
+run_plan() {   # run_plan [FOLDER]: run what is on the plan, by default in $OUT
+  OUT=${1:-$OUT}
+  exec "$PYTHON" -m core.stages "$ACTION" "$CARD" <<<"$plan"
+}

@@ -6,6 +6,33 @@ accept=ilr     # the rule of refine.py by which a proposal replaces its label
 
 wants() { case " $METHODS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
+base_models() { # $weak and $strong, where no model is given: a pair of $BASES, made if it is not there
+  local base recipe bases='' missing=''
+  if [ "$PRETRAIN" ]; then
+    recipe=$({ sed -n '/^# -.* recipe /,/^# -.* the names /p' "tasks/$TASK.py"
+               echo "$PRETRAIN $PRETRAIN_WEAK $PRETRAINING"; } | cksum)
+    bases=$BASES/$TASK-${recipe%% *}/seed_$BASE_SEED    # another recipe is another folder
+    for base in weak strong; do
+      [ -z "${!base}" ] || continue
+      printf -v $base %s "$bases/$base"
+      [ -e "$bases/$base" ] || missing="$missing $base"
+    done
+  fi
+  [ -z "$missing" ] || stage bases/corpora "tasks/$TASK.py" --pretrain "$PRETRAIN" \
+    "$PRETRAIN_WEAK" --seed "$BASE_SEED" --out "$bases/corpora"
+  for base in $missing; do     # trained in fp32, kept in 16 bits
+    stage "bases/train_$base" sft.py --init-config "$bases/corpora/$base.json" \
+      --tokenizer "$bases/corpora/tokenizer" --data "$bases/corpora/corpus_$base.jsonl" \
+      --out "$bases/fp32/$base" --seed "$BASE_SEED" $PRETRAINING --state-every "$STATE_EVERY"
+    stage "bases/$base" core/merge.py --model "$bases/fp32/$base" --out "$bases/$base" \
+      --dtype bfloat16
+  done
+  if [ "$ONLY_BASES" ]; then
+    [ "$missing" ] || die "--bases: ${bases:-$weak and $strong}: nothing is to be made"
+    run_plan "$bases"
+  fi
+}
+
 weak_sft() {   # weak_sft NAME OUT RECORDS: SFT of the weak base model, with its checkpoints
   stage "$1" sft.py --model "$weak" --data "$3" --out "$2" --seed "$seed" --lr "$WEAK_LR" \
     --epochs "$WEAK_EPOCHS" --batch-size "$WEAK_BATCH" --lora-rank "$LORA_RANK" \

@@ -3,8 +3,8 @@ EVALS="test validation"
 TRAIN=${TRAIN:-3500}
 GT=${GT:-2000}
 TEST=${TEST:-1000}
-WEAK_MODEL=${WEAK_MODEL-}         # the unreliable side; empty: trained here, with the strong one
-STRONG_MODEL=${STRONG_MODEL-}     # the model to train; empty: trained here, with the weak one
+WEAK_MODEL=${WEAK_MODEL-}         # the unreliable side; empty: the small one of bases/
+STRONG_MODEL=${STRONG_MODEL-}     # the model to train; empty: the larger one of bases/
 PRETRAIN=${PRETRAIN:-26000}
 PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}
 WEAK_LR=${WEAK_LR:-3e-4}
@@ -28,4 +28,4 @@ DECODING=${DECODING:---max-new-tokens 56 --batch-size 128}
 SCORING=${SCORING:---row-tokens 256 --micro-tokens 4096}
 STATE_EVERY=${STATE_EVERY:-10}
 PRETRAINING="${PRETRAINING:---optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 \
---prompt-weight 0.1 $PACKING}"
+--prompt-weight 0.1 --row-tokens 128 --micro-tokens 2048}"

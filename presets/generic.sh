@@ -89,8 +89,9 @@ NPROC=${NPROC:-1}                 # processes of each model stage, one a GPU, st
 LAUNCH=${LAUNCH:-}                # the words that start them instead (srun torchrun ...)
 PYTHON=${PYTHON:-python}          # the interpreter
 
-# Base models that are trained here, from random weights
-BASES=${BASES:-bases}             # where they are kept
+# Base models that are trained here, from random weights, if BASES has none of this recipe
+BASES=${BASES:-bases}             # where they are kept; bases/README.md
+BASE_SEED=${BASE_SEED:-0}         # another seed is another pair of base models
 PRETRAIN=${PRETRAIN:-}            # solved problems that the strong one reads; empty: none is made
 PRETRAIN_WEAK=${PRETRAIN_WEAK:-}  # solved problems that the weak one reads
 PRETRAINING=${PRETRAINING:-}      # flags of sft.py for both

@@ -22,9 +22,11 @@ from core.cli import make_parser, run_stage
 from core.records import InputError, write_json, write_jsonl, write_text
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 128, 56
-MAX_VALUE = 60
 
+# ---------------------------------------------------------------- the recipe of problems and bases
+# An edit from here to the next such line asks for other base models than those in bases/.
 # ABLATION: the language of the problems
+MAX_VALUE = 60
 NAMES = {"she": "Mia Ana Zoe Eva Ida Lia Nora Rosa Vera Emma Ruth Tara Anya Lena Nina".split(),
          "he": "Tom Leo Sam Max Ben Jon Paul Hugo Carl Finn Omar Igor Mark Otto Yuri".split()}
 THINGS = ("shells marbles coins stamps apples cards pens books eggs beads stones nuts plums cups "
@@ -110,12 +112,77 @@ def problems(split, count, seed, **kwargs):
             yield question, lines, answer
 
 
-def record(split, seed, i, problem):
-    """The record of the i-th problem of a split."""
-    question, lines, answer = problem
-    completion = "\n".join(lines) + f"\n#### {answer}"
-    return {"id": f"{split}-{seed}-{i}", "prompt": question + "\n", "completion": completion,
-            "reference": str(answer), "source": "gold"}
+CONFIGS = {"strong": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3,
+                          num_attention_heads=4),
+           "weak": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=4,
+                        num_attention_heads=4)}
+
+# How the corpora write a solution: what stands before, between and after the calculations; never
+# all of it as in the demonstrations. The strong base model knows one calculation per line with the
+# answer on a line of its own, so that demonstrations only have to teach the marker; the weak one
+# has to learn the format too.
+FORMATS = {"strong": [("\n", between, between + end) for between in ";,|\n"
+                      for end in ("! ", "so ", "total ")],
+           "weak": [(begin, between, end) for begin in (" : ", " - ", " ( ")
+                    for between in (" ; ", " , ", " | ", " & ")
+                    for end in (" => ", " so ", " ! ", " total ")]}
+# Bare calculations: the prompt that they follow, and the characters that may stand between them.
+FACTS = {"strong": (":", ";,|\n"), "weak": ("####", "\n")}
+
+
+def make_corpus(name, count, seed):
+    """Records for one base model: `count` solved problems in its FORMATS, `count` / 6 of FACTS.
+
+    seed: of the problems; formats and facts are the same for all seeds.
+    """
+    rng, corpus = random.Random(f"corpus {name}"), []
+    for i, (question, lines, answer) in enumerate(problems("pretrain", count, seed)):
+        begin, between, end = rng.choice(FORMATS[name])
+        solution = begin + between.join(lines) + end + str(answer)
+        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": solution})
+    prompt, separators = FACTS[name]
+    for i in range(count // 6):
+        between = rng.choice(separators)
+        facts = [line for _ in range(4) for line in make_problem(rng)[1]]
+        corpus.append({"id": f"facts-{i}", "prompt": prompt,
+                       "completion": between + between.join(facts)})
+    rng.shuffle(corpus)
+    return corpus
+
+
+def prepare_bases(out, counts, seed=0):
+    """Write what the base models are made of: a corpus and a config for each, and one tokenizer.
+
+    counts: {"strong": number of solved problems, "weak": the same}; seed: of the problems.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    corpora = {name: make_corpus(name, count, seed) for name, count in counts.items()}
+    records = [r for corpus in corpora.values() for r in corpus]
+    texts = [r["prompt"] + r["completion"] + "\n#### " for r in records]
+    # byte-level, so that any text round-trips; words are whole tokens, digits are single ones
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|####| ?[^A-Za-z0-9\s]|\s"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=768, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    vocabulary = (tokenizer.get_vocab_size() + 7) // 8 * 8
+    write_text(out / "tokenizer/tokenizer.json", tokenizer.to_str(pretty=True))
+    write_json(out / "tokenizer/tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
+        "clean_up_tokenization_spaces": False, "model_max_length": 512})
+    for name, sizes in CONFIGS.items():
+        write_json(out / f"{name}.json", {
+            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
+            "tie_word_embeddings": True, "max_position_embeddings": 512,
+            "initializer_range": sizes["hidden_size"] ** -0.5,
+            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes})
+    for name, corpus in corpora.items():
+        write_jsonl(out / f"corpus_{name}.jsonl", corpus)
 
 
 # ---------------------------------------------------------------- the names every task has
@@ -151,74 +218,12 @@ def agree(a, b):
 
 
 # ---------------------------------------------------------------- files
-CONFIGS = {"strong": dict(hidden_size=96, intermediate_size=256, num_hidden_layers=3,
-                          num_attention_heads=4),
-           "weak": dict(hidden_size=48, intermediate_size=128, num_hidden_layers=4,
-                        num_attention_heads=4)}
-
-# How the corpora write a solution: what stands before, between and after the calculations; never
-# all of it as in the demonstrations. The strong base model knows one calculation per line with the
-# answer on a line of its own, so that demonstrations only have to teach the marker; the weak one
-# has to learn the format too.
-FORMATS = {"strong": [("\n", between, between + end) for between in ";,|\n"
-                      for end in ("! ", "so ", "total ")],
-           "weak": [(begin, between, end) for begin in (" : ", " - ", " ( ")
-                    for between in (" ; ", " , ", " | ", " & ")
-                    for end in (" => ", " so ", " ! ", " total ")]}
-# Bare calculations: the prompt that they follow, and the characters that may stand between them.
-FACTS = {"strong": (":", ";,|\n"), "weak": ("####", "\n")}
-
-
-def make_corpus(name, count):
-    """Records for one base model: `count` solved problems in its FORMATS, `count` / 6 of FACTS."""
-    rng, corpus = random.Random(f"corpus {name}"), []
-    for i, (question, lines, answer) in enumerate(problems("pretrain", count, 0)):
-        begin, between, end = rng.choice(FORMATS[name])
-        solution = begin + between.join(lines) + end + str(answer)
-        corpus.append({"id": f"solved-{i}", "prompt": question, "completion": solution})
-    prompt, separators = FACTS[name]
-    for i in range(count // 6):
-        between = rng.choice(separators)
-        facts = [line for _ in range(4) for line in make_problem(rng)[1]]
-        corpus.append({"id": f"facts-{i}", "prompt": prompt,
-                       "completion": between + between.join(facts)})
-    rng.shuffle(corpus)
-    return corpus
-
-
-def prepare_bases(out, counts):
-    """Write what the base models are made of: a corpus and a config for each, and one tokenizer.
-
-    counts: {"strong": number of solved problems, "weak": the same}.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    corpora = {name: make_corpus(name, count) for name, count in counts.items()}
-    records = [r for corpus in corpora.values() for r in corpus]
-    texts = [r["prompt"] + r["completion"] + "\n#### " for r in records]
-    # byte-level, so that any text round-trips; words are whole tokens, digits are single ones
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?[A-Za-z]+|[0-9]|####| ?[^A-Za-z0-9\s]|\s"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=768, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    vocabulary = (tokenizer.get_vocab_size() + 7) // 8 * 8
-    write_text(out / "tokenizer/tokenizer.json", tokenizer.to_str(pretty=True))
-    write_json(out / "tokenizer/tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>",
-        "clean_up_tokenization_spaces": False, "model_max_length": 512})
-    for name, sizes in CONFIGS.items():
-        write_json(out / f"{name}.json", {
-            "model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": vocabulary,
-            "tie_word_embeddings": True, "max_position_embeddings": 512,
-            "initializer_range": sizes["hidden_size"] ** -0.5,
-            "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes})
-    for name, corpus in corpora.items():
-        write_jsonl(out / f"corpus_{name}.jsonl", corpus)
+def record(split, seed, i, problem):
+    """The record of the i-th problem of a split."""
+    question, lines, answer = problem
+    completion = "\n".join(lines) + f"\n#### {answer}"
+    return {"id": f"{split}-{seed}-{i}", "prompt": question + "\n", "completion": completion,
+            "reference": str(answer), "source": "gold"}
 
 
 def check(args):
@@ -231,7 +236,7 @@ def main(args):
     check(args)
     out = Path(args.out)
     if args.pretrain:
-        return prepare_bases(out, dict(zip(CONFIGS, args.pretrain, strict=True)))
+        return prepare_bases(out, dict(zip(CONFIGS, args.pretrain, strict=True)), args.seed)
     for split, count in (("train", args.train), ("validation", args.test), ("test", args.test)):
         found = problems(split, count, args.seed)
         records = [record(split, args.seed, i, problem) for i, problem in enumerate(found)]

@@ -257,15 +257,21 @@ def test_merging_is_a_command(data, capsys):
     for dtype in ("float32", "bfloat16"):
         run(merge, "--model", data / "m", "--dtype", dtype, "--out", data / dtype)
         said = capsys.readouterr().out.splitlines()[-1]
-        kept[dtype] = float(said.split(": ")[1].split("%")[0])
+        kept[dtype] = float(said.split(": ")[2].split("%")[0])
     assert kept["float32"] == pytest.approx(100, abs=0.1)      # digits that are printed
     merged = AutoModelForCausalLM.from_pretrained(data / "float32")
     assert (merged(input_ids=IDS).logits - logits(data / "m")).abs().max() < LOGIT_TOLERANCE
     assert AutoModelForCausalLM.from_pretrained(data / "bfloat16").dtype == torch.bfloat16
     with pytest.raises(InputError, match="exists"):
         run(merge, "--model", data / "m", "--out", data / "float32")
-    with pytest.raises(InputError, match="not a folder of adapters"):
-        run(merge, "--model", data / "base", "--out", data / "x")
+
+
+def test_a_model_without_adapters_is_rounded(data):
+    run(merge, "--model", data / "base", "--dtype", "bfloat16", "--out", data / "small")
+    exact, small = (load_file(data / name / "model.safetensors") for name in ("base", "small"))
+    assert all(torch.equal(small[k], exact[k].to(torch.bfloat16)) for k in exact)
+    assert AutoModelForCausalLM.from_pretrained(data / "small").dtype == torch.bfloat16
+    assert not (data / "small/exact").exists()
 
 
 def test_answers_are_those_of_the_merged_model(data):
