@@ -5,6 +5,7 @@ GT=${GT:-2000}
 TEST=${TEST:-1000}
 WEAK_MODEL=${WEAK_MODEL-}         # the unreliable side; empty: the small one of bases/
 STRONG_MODEL=${STRONG_MODEL-}     # the model to train; empty: the larger one of bases/
+LORA_RANK=${LORA_RANK:-0}
 PRETRAIN=${PRETRAIN:-26000}
 PRETRAIN_WEAK=${PRETRAIN_WEAK:-16000}
 WEAK_LR=${WEAK_LR:-3e-4}

@@ -22,7 +22,7 @@ GRADE_LABELS=${GRADE_LABELS:-1}   # 0: grading costs money, so only test answers
 # Models
 WEAK_MODEL=${WEAK_MODEL-google/gemma-2b}                   # the unreliable side: hub name or folder
 STRONG_MODEL=${STRONG_MODEL-mistralai/Mistral-7B-v0.1}     # the model to train: hub name or folder
-LORA_RANK=${LORA_RANK:-0}         # rank of SFT's and DPO's adapters; 0 trains every weight
+LORA_RANK=${LORA_RANK:-64}        # rank of SFT's and DPO's adapters; 0 trains every weight
 LOAD_IN_4BIT=${LOAD_IN_4BIT:-0}   # 1: the strong model in 4 bits
 DTYPE=${DTYPE:-}                  # float32 or bfloat16 to compute in; empty: bfloat16 on CUDA
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-0} # 1: both are chat models and get their own prompt format

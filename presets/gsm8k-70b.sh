@@ -2,7 +2,6 @@
 TASK=gsm8k
 WEAK_MODEL=${WEAK_MODEL-mistralai/Mistral-7B-v0.1}
 STRONG_MODEL=${STRONG_MODEL-meta-llama/Meta-Llama-3-70B}
-LORA_RANK=${LORA_RANK:-64}
 LOAD_IN_4BIT=${LOAD_IN_4BIT:-1}
-[ "$LORA_RANK" = 0 ] || WEAK_LR=${WEAK_LR:-1e-4}
+[ "${LORA_RANK:-64}" = 0 ] || WEAK_LR=${WEAK_LR:-1e-4}
 . presets/gsm8k.sh

@@ -4,7 +4,6 @@ TRAIN=${TRAIN:-7473}
 GT=${GT:-3736}
 TEST=${TEST:-1319}
 DATA_DIR=${DATA_DIR:-data/gsm8k}
-LORA_RANK=${LORA_RANK:-64}
 case ${EVAL:-} in
   validation) DATA_FLAGS="${DATA_FLAGS:-} --validation 500" ;;   # kept back from training
   platinum) DATA_FLAGS="${DATA_FLAGS:-} --platinum" ;;           # GSM8K-Platinum's test problems

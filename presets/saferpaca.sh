@@ -3,7 +3,6 @@ TRAIN=${TRAIN:-20000}
 GT=${GT:-0}                       # of these D_gt, whose references train the weak side; 0: half
 TEST=${TEST:-578}
 DATA_DIR=${DATA_DIR:-data/saferpaca}
-LORA_RANK=${LORA_RANK:-64}
 GRADE_LABELS=0
 ILR_JUDGE_URL=${ILR_JUDGE_URL:-}          # the endpoint that grades test answers
 ILR_JUDGE_MODEL=${ILR_JUDGE_MODEL:-}      # the model behind it
