@@ -17,7 +17,6 @@ at a time: losses, answers, judge scores. If killed, the same command goes on.
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,42 +55,20 @@ def write_data(folder, longest=250):
 
 
 def chain(out, **settings):
-    """`run_ilr.sh gsm8k` into the folder `out`; what each stage needed goes to OUT.jsonl."""
-    log, python = f"{out}.jsonl", Path(f"{out}.python")     # an interpreter that measures
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" --measured "{log}" "$@"\n')
-    python.chmod(0o755)
+    """`run_ilr.sh gsm8k` into the folder `out`."""
     print(f"{out.name}: {settings}", file=sys.stderr)
     done = subprocess.run(["bash", ROOT / "run_ilr.sh", "gsm8k"], stdout=sys.stderr, env={
-        **os.environ, **SETTINGS, **settings, "OUT": str(out), "PYTHON": str(python)})
+        **os.environ, **SETTINGS, **settings, "OUT": str(out), "PYTHON": sys.executable})
     if done.returncode:
         sys.exit(f"{out.name}: run_ilr.sh ends with {done.returncode}")
 
 
-def measured(log, words):
-    """Run Python with `words`, and append to `log` what it needed: this process is its parent."""
-    if words[0] == "-m":
-        os.execv(sys.executable, [sys.executable, *words])
-    child = os.posix_spawn(sys.executable, [sys.executable, *words], os.environ)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(child, signal.SIGTERM))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)        # the terminal sends it to the child too
-    _, status, used = os.wait4(child, 0)
-    row = {"script": words[0], "out": words[words.index("--out") + 1] if "--out" in words else "",
-           "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
-           "peak_gb": round(used.ru_maxrss * 1024 / 1e9, 2)}
-    with open(log, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    return os.waitstatus_to_exitcode(status)
-
-
 # ---------------------------------------------------------------- tables
 def needs(out):
-    """{file or folder of the run: (CPU-seconds, GB)} of the stages that run a model."""
-    found = {}
-    for row in rows(f"{out}.jsonl"):
-        if row["script"] in ("sft.py", "generate.py", "compare.py", "dpo.py"):
-            seconds, gb = found.get(row["out"], (0, 0))     # more than once if it was killed
-            found[row["out"]] = seconds + row["cpu_seconds"], max(gb, row["peak_gb"])
-    return {path.partition("seed_0/")[2]: cost for path, cost in found.items()}
+    """{file or folder of the run: (CPU-seconds, GB)} of the stages that run a model; of one that
+    was killed and went on, those of its last start."""
+    return {row["outs"][0].partition("seed_0/")[2]: (row["cpu_seconds"], row["peak_gb"])
+            for row in rows(out / "stages.jsonl") if "peak_gb" in row}
 
 
 def losses(run, folder):
@@ -198,8 +175,6 @@ def main(args):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--measured"]:
-        sys.exit(measured(sys.argv[2], sys.argv[3:]))
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="smollm2", choices=list(SOURCES))

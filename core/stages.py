@@ -3,124 +3,34 @@
     python -m core.stages run <plan          # what run_ilr.sh does, its settings exported
 
 A stage starts when all that it reads is there. A stage without --out (the report) runs when all
-before it are done. OUT/stages.jsonl has a row per finished stage: name, seconds, outs, and what
-its result depends on (arguments, versions, sources, inputs). FROM names another run folder: a
-stage whose row there says the same is taken over, not run.
+before it are done. OUT/stages.jsonl has a row per finished stage: name, cost, outs, and what its
+result depends on (arguments, versions, sources, inputs). FROM names another run folder: a stage
+whose row there says the same is taken over, not run.
+
+The cost is that of the process that finished the stage: wall seconds, CPU-seconds and, of a stage
+with a model, GB of resident memory at most. A killed stage that went on has a row `begun` for each
+start, and the cost of the last one only.
 """
-import contextlib
 import fcntl
-import json
 import os
-import re
+import resource
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 from core import settings
-from core.adapters import carry_over
+from core.jobs import NEWS, STOPS, Failure, Job, launcher, set_environment
+from core.made import Made, stale, take_over, would_be
 from core.plan import below, portable, read_plan, there
 from core.records import InputError, dumps, write_json, write_jsonl
-from core.sources import ADAPTER_CONFIG, changes, fingerprint
+from core.sources import changes, fingerprint
 from core.unfinished import remove
 
-SIDES = (".price", ".summary")      # what stands beside a file that a stage writes
-LARGE = 1 << 20                     # bytes; a larger file is taken over by a hard link
-NEWS = ("note: ", "metrics: ")      # lines of a stage that are shown while it runs
-# What a stage of several processes says itself, among torchrun's words: its one-line error, the end
-# of a trace, a signal.
-OWN_WORDS = re.compile(r"[a-z]+\.py: error: |[A-Za-z]+Error: |  traceback : Signal")
-BAD_INPUT = re.compile(r"^ +exitcode +: 2 ", re.M)       # in torchrun's words
 
-
-# ---------------------------------------------------------------- what runs have made
-class Made:
-    """The rows of a run folder's stages.jsonl, by stage; of several the last."""
-
-    def __init__(self, run):
-        self.run = run
-        self.path = Path(run) / "stages.jsonl"
-        self.rows, self.torn = {}, False
-        text = self.path.read_text("utf-8", "replace") if there(self.path) else ""
-        for line in text.splitlines():
-            try:
-                row = json.loads(line)
-                self.rows[row["stage"]] = row
-            except (ValueError, TypeError, KeyError):       # a full disk or a kill has cut it
-                self.torn = True
-
-    def place(self, path):
-        """The same file in this run folder."""
-        return self.run + path[len(os.environ["OUT"]):] if below(path, os.environ["OUT"]) else path
-
-
-def stale(stages, made):
-    """{stage: why} of the stages of this run folder that have to be made again: what evaluate.py
-    made with other source, and what was cut off between its files.
-
-    Another stage whose command or source is another one now: InputError, which says how to go on.
-    """
-    again, refused = {}, []
-    for stage in stages:
-        row = made.rows.get(stage.name)
-        if not row or "arguments" not in row or not any(there(out) for out in stage.outs):
-            continue
-        now = stage.work(row["inputs"])
-        why = changes(row, now)
-        if not why:
-            continue
-        grades = stage.script == "evaluate.py" and row["arguments"] == now["arguments"]
-        if grades or not stage.complete():
-            again[stage] = why
-        else:
-            refused.append(f"{stage.name} ({why})")
-    if refused:
-        more = f" and {len(refused) - 1} more stages" if refused[1:] else ""
-        out = os.environ["OUT"]
-        raise InputError(f"{out} holds {refused[0]}{more}: restore what changed, or take over what "
-                         f"did not: FROM={out} OUT={out}_2 bash run_ilr.sh")
-    return again
-
-
-def take_over(stage, source):
-    """Bring what a stage made in another run folder here: large files linked, small ones copied."""
-    for out in stage.outs:
-        old = source.place(out)
-        for side in SIDES:
-            remove(out + side)
-            if there(old + side):
-                bring(old + side, out + side, source.run)
-        bring(old, out, source.run)
-
-
-def bring(old, new, run):
-    """A copy of a file, a folder or a link of a run; `new` has its name only when it is complete.
-    """
-    def copy(a, b):
-        if os.path.basename(a) == ADAPTER_CONFIG:
-            return carry_over(a, b, run)
-        if os.path.getsize(a) > LARGE:
-            with contextlib.suppress(OSError):       # another file system, or one without links
-                os.link(a, b)
-                return
-        shutil.copy2(a, b)
-    new = Path(new)
-    if there(new):
-        return
-    partial = new.with_name(f".{new.name}.taking")
-    new.parent.mkdir(parents=True, exist_ok=True)
-    remove(partial)
-    if os.path.islink(old):
-        os.symlink(os.readlink(old), partial)
-    elif os.path.isdir(old):
-        shutil.copytree(old, partial, symlinks=True, copy_function=copy)
-    else:
-        copy(old, partial)
-    partial.replace(new)
+class InUse(InputError):
+    """Another run holds a lock."""
 
 
 # ---------------------------------------------------------------- running
@@ -162,6 +72,7 @@ class Run:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InUse(refusal) from None
+        os.set_inheritable(file.fileno(), True)
         self.locks.append(file)
 
     def start(self):
@@ -276,7 +187,7 @@ class Run:
             raise InputError(f"{stage.name} comes out otherwise than what {self.out} was made "
                              f"from: FROM={self.out} OUT={self.out}_2 bash run_ilr.sh")
         if stage.outs:
-            self.record({"stage": stage.name, "seconds": round(job.seconds(), 1),
+            self.record({"stage": stage.name, **job.cost,
                          "outs": [portable(out).removeprefix("OUT/") for out in stage.outs],
                          **job.work})
 
@@ -290,116 +201,25 @@ class Run:
 
     def stop(self):
         """End what still runs."""
-        for job in self.running.values():
-            job.process.terminate()
         deadline = time.monotonic() + 20
         for job in self.running.values():
-            try:
-                job.process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
+            job.send(signal.SIGTERM)
+        for job in self.running.values():
+            job.wait(deadline)
+            job.send(signal.SIGKILL)
+            job.wait()
 
     def tidy(self):
         """All files are made: say how long that took, if nothing came between, and remove what a
         stage left that was killed between its last two steps."""
         if self.undisturbed:
-            self.record({"stage": "whole run", "seconds": int(time.monotonic() - self.began)})
+            used = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+            self.record({"stage": "whole run", "seconds": int(time.monotonic() - self.began),
+                         "cpu_seconds": round(sum(u.ru_utime + u.ru_stime for u in used), 1)})
             self.undisturbed = False
         for pattern in (".*.partial", ".*.partial.json", ".*.writing", ".*.taking"):
             for path in list(self.out.rglob(pattern)):
                 remove(path)
-
-
-class Job:
-    """A stage's process."""
-
-    def __init__(self, run, stage, slot):
-        self.stage, self.slot, self.began = stage, slot, time.monotonic()
-        self.work = stage.work(stage.inputs()) if stage.outs else {}
-        words = list(stage.words)
-        if stage.script.startswith("tasks/"):       # a task writes a folder: named when complete
-            out = Path(stage.outs[0])
-            self.folder = out.with_name(f".{out.name}.partial")
-            remove(self.folder)
-            words = [str(self.folder) if w == stage.outs[0] else w for w in words]
-        command = [*launcher(stage), *words]
-        if stage.outs:
-            run.log(f"$ {shlex.join(command)}\n")
-        nice = 10 if stage.depth <= 2 else 0        # a training that only its test answers await
-        environment = {**os.environ, "OMP_NUM_THREADS": os.environ["THREADS"],
-                       "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
-                       "PYTHONUNBUFFERED": "1"}
-        if run.on_terminal:
-            environment.update(TQDM_POSITION=str(slot), TQDM_LEAVE="")
-        self.out, self.err, self.shown = tempfile.TemporaryFile(), tempfile.TemporaryFile(), 0
-        self.process = subprocess.Popen(
-            ["nice", "-n", str(nice), *command], stdin=subprocess.DEVNULL, stdout=self.out,
-            stderr=None if run.on_terminal else self.err, env=environment,
-            pass_fds=[file.fileno() for file in run.locks])
-
-    def poll(self):
-        return self.process.poll()
-
-    def seconds(self):
-        return time.monotonic() - self.began
-
-    def output(self):
-        return read_all(self.out)
-
-    def news(self):
-        """The lines since the last call that are shown at once."""
-        lines = self.output().split("\n")[:-1]
-        start, self.shown = self.shown, len(lines)
-        return [line for line in lines[start:] if line.startswith(NEWS)]
-
-    def errors(self):
-        """The last lines of what it said; of several processes their own words, not torchrun's."""
-        lines = read_all(self.err).replace("\r", "\n").splitlines()
-        own = [line for line in lines if OWN_WORDS.match(line)]
-        return own if own and os.environ["NPROC"] != "1" else lines[-5:]
-
-    def status(self):
-        """The exit code; torchrun's own is always 1."""
-        several = os.environ["NPROC"] != "1"
-        if several and BAD_INPUT.search(read_all(self.err)):
-            return 2
-        return self.poll() if self.poll() >= 0 else 1
-
-    def ending(self):
-        """How it ended, in words."""
-        code = self.poll()
-        if code >= 0:
-            return f"failed (exit {self.status()})"
-        return f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "")
-
-
-def read_all(file):
-    """The text of a file that another process writes: its place in the file stays where it is."""
-    fd = file.fileno()
-    return os.pread(fd, os.fstat(fd).st_size, 0).decode("utf-8", "replace")
-
-
-class Failure(Exception):
-    """A stage has ended with another exit code than 0."""
-
-    def __init__(self, stage, job):
-        super().__init__(stage.name)
-        self.stage, self.job = stage, job
-
-
-class InUse(InputError):
-    """Another run holds a lock."""
-
-
-def launcher(stage):
-    """The words that start a stage: the interpreter, or what starts several processes."""
-    python, nproc = os.environ["PYTHON"], os.environ["NPROC"]
-    if nproc == "1" or not stage.needs_model:
-        return [python]
-    if os.environ["LAUNCH"]:
-        return shlex.split(os.environ["LAUNCH"])
-    return [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc]
 
 
 # ---------------------------------------------------------------- what run_ilr.sh calls
@@ -424,32 +244,13 @@ def dry_run(stages):
         print(shlex.join([*launcher(stage), *stage.words]))
 
 
-def would_be(stage, source, settled):
-    row = source.rows.get(stage.name)
-    if not row or "seconds" not in row:
-        return f"new, {source.run} has no such stage"
-
-    def place(path):
-        for folder in (path, *map(str, Path(path).parents)):
-            if folder in settled:
-                return settled[folder] + path[len(folder):]
-        return path
-    open_ones = [n.name for n in stage.needs if not any(out in settled for out in n.outs)]
-    inputs = row["inputs"] if open_ones else stage.inputs(place)
-    why = changes(row, stage.work(inputs))
-    if why:
-        return f"would run: {why}"
-    if open_ones:
-        return f"taken over if {open_ones[0]} comes out as it was"
-    settled.update({out: source.place(out) for out in stage.outs})
-    return f"taken over from {source.run}"
-
-
 def execute(stages):
     run, interrupted = Run(stages), []
     # only noted: an exception in the midst of starting a process would lose it
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: interrupted.append(True))
+    for number in STOPS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
+            signal.signal(number, lambda *_: interrupted.append(True))
+    set_environment()
     try:
         run.start()
         while run.advance() and not interrupted:
@@ -471,7 +272,8 @@ def execute(stages):
         run.stop()
         raise
     seconds = int(time.monotonic() - run.began)
-    run.say(f"done in {seconds // 60} min {seconds % 60} s: {run.out}/report.md")
+    result = run.out if stages[-1].outs else f"{run.out}/report.md"
+    run.say(f"done in {seconds // 60} min {seconds % 60} s: {result}")
     return 0
 
 

@@ -96,13 +96,17 @@ def processes(session):
 
 
 def at_work(session):
-    """What the stages of a session are writing, as `sft.py ilr_1/half_1`."""
+    """What the stages of a session are writing, as `sft.py ilr_1/half_1`; of one that is a copy of
+    the runner the name that it has in `ps`."""
     found = set()
     for pid in processes(session):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            name = Path(f"/proc/{pid}/comm").read_text().strip()
         except OSError:
             continue
+        if "core.stages" in words and "/" in name:
+            found.add(name)
         if "--out" in words and words[1].endswith(".py"):
             found.add(words[1] + " " + "/".join(words[words.index("--out") + 1].split("/")[-2:]))
     return sorted(found)

@@ -100,6 +100,7 @@ def test_a_plan_runs_once(made):
     assert {*recorded} == {"seed_0/data", "seed_0/gt/grade", "seed_0/clean", "whole run"}
     clean = recorded["seed_0/clean"]
     assert clean["outs"] == ["seed_0/clean/labels.jsonl"] and clean["seconds"] >= 0
+    assert all(row["cpu_seconds"] > 0 for row in recorded.values())
     assert {"refine.py", "core/records.py", "tasks/arithmetic.py"} <= set(clean["sources"])
     assert list(clean["inputs"]) == ["OUT/seed_0/data/unlab.jsonl"]
     before = everything(run)
@@ -392,6 +393,18 @@ def test_an_interrupt_ends_everything_with_one_line(sent, failing):
     out, err = run.communicate(timeout=30)
     assert run.returncode == 130 and slow_processes(failing) == []
     assert err == "run_ilr.sh: error: interrupted; the same command continues from here\n"
+
+
+def test_a_run_under_nohup_outlives_its_terminal(house):
+    (house / "tasks/slow.py").write_text(SLOW.replace("time.sleep(120)", """time.sleep(1)
+    import pathlib
+    pathlib.Path(args.out).mkdir()"""))
+    (house / "small.sh").write_text(HEAD + 'stage x tasks/slow.py --out "$here/x"\nrun_plan\n')
+    run = subprocess.Popen(["bash", "small.sh"], cwd=house, env=environment("runs/a", "bases"),
+                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    wait_for(lambda: slow_processes(house))
+    run.send_signal(signal.SIGHUP)
+    assert run.wait(timeout=30) == 0
 
 
 @pytest.mark.parametrize("line, message", [
