@@ -5,12 +5,13 @@
 
 The model is finetuned here on GSM8K (3M: ten minutes), so that its answers end as real ones do, at
 different lengths; --model takes a finetuned one. All sides answer the same real GSM8K prompts in
-the same batches, the longest prompts first: greedily, and with six samples a prompt at temperature
-0.7. Counted: answers per second without tokenizing and loading. generate_batch, which is slow on a
-CPU, and the six samples have every --every-th prompt only.
+the same batches, the longest prompts first: greedily, with six samples a prompt at temperature 0.7,
+and by four beams, which generate_batch has not. Counted: answers per second without tokenizing and
+loading. generate_batch, which is slow on a CPU, samples and beams have every --every-th prompt
+only.
 
 All sides must generate the same greedy tokens before anything is timed. They may part at a tie,
-where two logits differ by less than 1e-4.
+where two logits differ by less than 1e-4. Of the beams' answers one in 50 may differ.
 """
 import argparse
 import statistics
@@ -33,6 +34,8 @@ from _bench import (
     settle,
 )
 
+GREEDY, SAMPLED, BEAMS = "greedy", "six samples a prompt", "4 beams"
+
 
 def finetuned(top, size):
     import sft
@@ -46,61 +49,64 @@ def finetuned(top, size):
 
 
 class Sides:
-    """The three ways to answer `prompts`. Each takes a number of samples, 1 being greedy, and
-    returns {(index of the prompt, sample): token ids without EOS}."""
+    """The three ways to answer `prompts`. Each takes GREEDY, SAMPLED or BEAMS, and returns
+    {(index of the prompt, sample): token ids without EOS}."""
 
     def __init__(self, model, eos, prompts, args):
         self.model, self.eos, self.prompts, self.args = model, eos, prompts, args
 
-    def jobs(self, samples, every):
-        return [(i, s) for i in range(0, len(self.prompts), every) for s in range(samples)]
+    def jobs(self, how, every):
+        return [(i, s) for i in range(0, len(self.prompts), every)
+                for s in range(6 if how == SAMPLED else 1)]
 
-    def batches(self, samples):
-        jobs = self.jobs(samples, 1 if samples == 1 else self.args.every)
+    def batches(self, how):
+        jobs = self.jobs(how, 1 if how == GREEDY else self.args.every)
         size = self.args.batch_size
         return [jobs[k:k + size] for k in range(0, len(jobs), size)]
 
-    def config(self, samples, **more):
+    def config(self, how, **more):
         from transformers import GenerationConfig
-        sampled = samples > 1
+        sampled = how == SAMPLED
         return GenerationConfig(
             max_new_tokens=self.args.new, do_sample=sampled, temperature=0.7 if sampled else None,
+            num_beams=4 if how == BEAMS else 1,
             eos_token_id=self.eos, pad_token_id=self.eos, **more)
 
     def stripped(self, rows):
         from core.decoding import strip_eos
         return strip_eos([row + [self.eos] for row in rows], [self.eos])[0]
 
-    def ours(self, samples):
+    def ours(self, how):
         import torch
 
-        from core.decoding import decode, sample_uniforms
+        from core.decoding import decode, decode_beams, sample_uniforms
         out, new = {}, self.args.new
-        for batch in self.batches(samples):
+        for batch in self.batches(how):
             uniforms = None
-            if samples > 1:
+            if how == SAMPLED:
                 noise = [sample_uniforms(0, i, s, new).tolist() for i, s in batch]
                 uniforms = torch.tensor(noise)
             prompts = [self.prompts[i] for i, _ in batch]
-            texts, _ = decode(self.model, prompts, [self.eos], new, 0.7, uniforms)
+            texts, _ = (decode_beams(self.model, prompts, [self.eos], new, 4) if how == BEAMS else
+                        decode(self.model, prompts, [self.eos], new, 0.7, uniforms))
             out.update(zip(batch, texts, strict=True))
         return out
 
-    def generate(self, samples):
+    def generate(self, how):
         out = {}
-        for batch in self.batches(samples):
+        for batch in self.batches(how):
             ids, mask = padded([self.prompts[i] for i, _ in batch], self.eos)
             found = self.model.generate(input_ids=ids, attention_mask=mask,
-                                        generation_config=self.config(samples, top_k=0))
+                                        generation_config=self.config(how, top_k=0))
             texts = self.stripped(found[:, ids.shape[1]:].tolist())
             out.update(zip(batch, texts, strict=True))
         return out
 
-    def generate_batch(self, samples):
+    def generate_batch(self, how):
         from transformers import ContinuousBatchingConfig
-        jobs = self.jobs(samples, self.args.every)
+        jobs = self.jobs(how, self.args.every)
         found = self.model.generate_batch(
-            inputs=[self.prompts[i] for i, _ in jobs], generation_config=self.config(samples),
+            inputs=[self.prompts[i] for i, _ in jobs], generation_config=self.config(how),
             continuous_batching_config=ContinuousBatchingConfig(
                 num_blocks=self.args.blocks, max_batch_tokens=self.args.batch_tokens))
         in_order = sorted(found, key=lambda name: int(name.rpartition("_")[2]))
@@ -131,6 +137,14 @@ def check(model, prompts, answers, name, found):
         sys.exit(f"{name} does not generate what we generate: nothing is timed")
 
 
+def check_beams(ours, theirs):
+    """Exit if more than one in 50 answers differ: rounding decides between beams that tie."""
+    differing = sum(ours[job] != theirs[job] for job in ours)
+    print(f"4 beams: {differing} of {len(ours)} answers differ", file=sys.stderr)
+    if 50 * differing > len(ours):
+        sys.exit("beams do not generate what transformers' own generate: nothing is timed")
+
+
 def bytes_read(model, prompts, lengths, batches):
     """Bytes to read each fp32 weight once a step and each key and value once a token."""
     c = model.config
@@ -156,27 +170,27 @@ def main(args):
     sides = {"ours": ways.ours, "transformers generate": ways.generate,
              "transformers generate_batch": ways.generate_batch}
 
-    def rate(run, samples):
+    def rate(run, how):
         start = time.perf_counter()
-        return len(run(samples)) / (time.perf_counter() - start)
+        return len(run(how)) / (time.perf_counter() - start)
     tables = {}
     with torch.no_grad():
-        answers = ways.ours(1)
+        answers = ways.ours(GREEDY)
         for name, run in list(sides.items())[1:]:
-            check(model, prompts, answers, name, run(1))
-        for samples, what in ((1, "greedy"), (6, "six samples a prompt")):
-            runs = {name: lambda run=run, samples=samples: rate(run, samples)
-                    for name, run in sides.items()}
-            tables[what] = alternate(runs, args.repeats)
+            check(model, prompts, answers, name, run(GREEDY))
+        check_beams(ways.ours(BEAMS), ways.generate(BEAMS))
+        for how in (GREEDY, SAMPLED, BEAMS):
+            runs = {name: lambda run=run, how=how: rate(run, how) for name, run in sides.items()}
+            tables[how] = alternate(runs, args.repeats)
             # ten times slower on a CPU: once is enough
             sides.pop("transformers generate_batch", None)
 
     weights = sum(p.numel() for p in model.parameters())
     lengths = {i: len(answers[i, 0]) + 1 for i in range(len(prompts))}
-    speed = statistics.median(tables["greedy"]["ours"])
+    speed = statistics.median(tables[GREEDY]["ours"])
     needed = operations(args.size, [len(prompts[i]) + n for i, n in lengths.items()],
                         sum(lengths.values()), backward=False)
-    read = bytes_read(model, prompts, lengths, ways.batches(1)) / memory_rate() / len(prompts)
+    read = bytes_read(model, prompts, lengths, ways.batches(GREEDY)) / memory_rate() / len(prompts)
     report(f"generate_{args.size}", f"Generation, Llama of {weights / 1e6:.1f}M weights",
            "answers per second", tables,
            f"{args.prompts} GSM8K prompts, batches of {args.batch_size}, at most {args.new} "
@@ -193,7 +207,7 @@ if __name__ == "__main__":
     p.add_argument("--model", help="folder of a finetuned model, instead of finetuning one")
     p.add_argument("--prompts", type=int, default=1000)
     p.add_argument("--every", type=int, default=8,
-                   help="generate_batch, and six samples: every Nth prompt only")
+                   help="generate_batch, six samples and beams: every Nth prompt only")
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--blocks", type=int, default=1024, help="cache blocks of generate_batch")
     p.add_argument("--batch-tokens", type=int, default=256,

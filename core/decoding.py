@@ -3,6 +3,7 @@ import hashlib
 import inspect
 
 from core.memory import lacks_memory
+from core.needs import SLACK
 from core.records import InputError, dumps
 
 
@@ -31,42 +32,83 @@ def choose_tokens(logits, temperature, uniforms=None):
 def roomy_cache(model, tokens):
     """A DynamicCache whose attention layers have memory for `tokens` tokens from the start.
 
-    The cache of transformers is copied at every token, a third of the time of a small model.
-    Sliding windows shorter than `tokens` keep theirs, which drops what is too far back.
+    The cache of transformers is copied at every token, a third of the time of a small model. Layers
+    with a sliding window have memory for it and SLACK tokens, and copy it once in SLACK tokens. All
+    return the same tensors as transformers' own, so masks of any layers are right.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     class RoomyLayer(DynamicLayer):
-        room = None
+        def __init__(self, layer):
+            super().__init__()
+            self.is_sliding = layer.is_sliding
+            # a token sees window - 1 before it; without a window, all
+            self.before = layer.sliding_window - 1 if layer.is_sliding else tokens
+            # tokens read; of these in memory; of these the same in all rows of a prompt's beams
+            self.read = self.end = self.shared = 0
+            self.room = []      # of keys and of values: (B, heads, tokens, width)
+
+        def get_seq_length(self):
+            return self.read
+
+        def get_mask_sizes(self, query_length):
+            seen = min(self.read, self.before)
+            return seen + query_length, self.read - seen
 
         def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-            start, new = self.get_seq_length(), (key_states, value_states)
-            end = start + key_states.shape[-2]
-            if self.room is None:       # the first tokens, or other rows than before
-                self.room = [x.new_empty(*x.shape[:2], tokens, x.shape[-1]) for x in new]
-                if start:
-                    self.room[0][:, :, :start] = self.keys
-                    self.room[1][:, :, :start] = self.values
-            for room, x in zip(self.room, new, strict=True):
-                room[:, :, start:end] = x
-            self.keys, self.values = (room[:, :, :end] for room in self.room)
-            return self.keys, self.values
+            import torch
+            new, size = (key_states, value_states), min(tokens, self.before + SLACK)
+            if not self.room:
+                self.lazy_initialization(*new)
+                self.room = [x.new_empty(*x.shape[:2], size, x.shape[-1]) for x in new]
+            start, end = self.end - min(self.read, self.before), self.end + key_states.shape[-2]
+            if end <= size:
+                for room, x in zip(self.room, new, strict=True):
+                    room[:, :, self.end:end] = x
+                seen, kept = [room[:, :, start:end] for room in self.room], end
+            else:       # copy the window to the front
+                seen = [torch.cat([room[:, :, start:self.end], x], 2)
+                        for room, x in zip(self.room, new, strict=True)]
+                kept = min(end - start, self.before)
+                for room, x in zip(self.room, seen, strict=True):
+                    room[:, :, :kept] = x[:, :, end - start - kept:]
+                self.shared = max(0, self.shared - (end - kept))
+            self.read, self.end = self.read + key_states.shape[-2], kept
+            return seen
 
         def reorder_cache(self, rows):
-            super().reorder_cache(rows)
-            self.room = None
+            """Row i becomes what row rows[i] was; there may be more or fewer rows than before."""
+            part = slice(self.shared, self.end)
+            for i, room in enumerate(self.room):
+                moved = room[:, :, part].index_select(0, rows)
+                if len(rows) > len(room):
+                    room = room.new_empty(len(rows), *room.shape[1:])
+                self.room[i] = room[:len(rows)]
+                self.room[i][:, :, part] = moved
 
     cache = DynamicCache(config=model.config)
-    windows = [x.sliding_window for x in cache.layers if type(x) is DynamicSlidingWindowLayer]
-    # all sliding layers or none: one mask serves them all
-    replaced = [DynamicLayer] + [DynamicSlidingWindowLayer] * (min(windows, default=0) >= tokens)
-    for i, layer in enumerate(cache.layers):
-        if type(layer) in replaced:
-            cache.layers[i] = RoomyLayer()
-            cache.layers[i].is_sliding = layer.is_sliding
+    cache.layers = [RoomyLayer(layer) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+                    else layer for layer in cache.layers]
     return cache
+
+
+def takes(model, name):
+    """Whether a model's forward function has an argument of this name."""
+    return name in inspect.signature(model.forward).parameters
+
+
+def padded(prompts, device):
+    """(token ids, mask) of prompts, padded on the left: (B, longest), int64."""
+    import torch
+    width = max(map(len, prompts))
+    ids = [[0] * (width - len(p)) + list(p) for p in prompts]
+    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def positions(mask):
+    """Position ids of left-padded rows, from their mask: (B, T), int64."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
@@ -81,23 +123,18 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
     import torch
     device, width = model.device, max(map(len, prompts))
     row_of = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    input_ids = torch.zeros(len(row_of), width, dtype=torch.long)
-    mask = torch.zeros(len(row_of), width, dtype=torch.long)
-    for prompt, row in row_of.items():
-        input_ids[row, width - len(prompt):] = torch.tensor(prompt)
-        mask[row, width - len(prompt):] = 1
-    input_ids, mask = input_ids.to(device), mask.to(device)
+    input_ids, mask = padded(row_of, device)
     alive = torch.arange(len(prompts), device=device)       # output row of each row of the batch
     tokens = torch.full((len(prompts), max_new_tokens), eos[0], device=device)
     finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     ends, cache = torch.tensor(eos, device=device), roomy_cache(model, width + max_new_tokens)
     # Mamba's kind: its cache has another name, and steps after the prompt take no mask
-    stateful = "cache_params" in inspect.signature(model.forward).parameters
+    stateful = takes(model, "cache_params")
     settings = {"cache_params" if stateful else "past_key_values": cache,
                 "use_cache": True, "logits_to_keep": 1}
     with torch.inference_mode():
-        logits = model(input_ids=input_ids, attention_mask=mask,
-                       position_ids=(mask.cumsum(1) - 1).clamp(min=0), **settings).logits
+        logits = model(input_ids=input_ids, attention_mask=mask, position_ids=positions(mask),
+                       **settings).logits
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite: its weights are broken")
         rows = torch.tensor([row_of[tuple(prompt)] for prompt in prompts], device=device)
@@ -126,19 +163,31 @@ def decode(model, prompts, eos, max_new_tokens, temperature=0.0, uniforms=None):
 def decode_beams(model, prompts, eos, max_new_tokens, num_beams):
     """Beam search by transformers, as in the paper's release. Arguments and result as `decode`.
 
-    What the model's folder says of sampling, penalties and lengths is ignored, as in `decode`.
+    What the model's folder says of sampling, penalties and lengths is ignored, as in `decode`. A
+    prompt is read once, and not copied when beams are exchanged; the last token of it is read by
+    each beam, because `generate` must read one.
     """
     import torch
     from transformers import GenerationConfig
-    width = max(map(len, prompts))
-    input_ids = [[0] * (width - len(p)) + p for p in prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
+    (input_ids, mask), settings = padded(prompts, model.device), {}
+    width = input_ids.shape[1]
+    cache = roomy_cache(model, width + max_new_tokens)
     model.generation_config = GenerationConfig(
         num_beams=num_beams, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=eos,
         pad_token_id=0)
     with torch.inference_mode():
-        out = model.generate(input_ids=torch.tensor(input_ids, device=model.device),
-                             attention_mask=torch.tensor(mask, device=model.device))
+        # models with other caches or states make their own
+        if (width > 1 and takes(model, "past_key_values")
+                and all(hasattr(layer, "room") for layer in cache.layers)):
+            settings = {"past_key_values": cache}
+            before = mask[:, :-1]
+            model(input_ids=input_ids[:, :-1], attention_mask=before, logits_to_keep=1,
+                  position_ids=positions(before), use_cache=True, **settings)
+            rows = torch.arange(len(prompts), device=model.device)
+            cache.reorder_cache(rows.repeat_interleave(num_beams))
+            for layer in cache.layers:
+                layer.shared = layer.end
+        out = model.generate(input_ids=input_ids, attention_mask=mask, **settings)
     rows = out[:, width:].tolist()
     return strip_eos([row + [eos[0]] * (max_new_tokens - len(row)) for row in rows], eos)
 

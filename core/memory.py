@@ -86,8 +86,9 @@ def decoding_rows(model, prompt_tokens, new_tokens, beams, device):
 
     prompt_tokens: of the longest one; new_tokens: the most that are generated.
     """
-    have = free_bytes(device) - (size_of(model.parameters()) if device.type == "cpu" else 0)
-    row = row_bytes(model.config.get_text_config(), compute_size(model), prompt_tokens, new_tokens)
+    have = free_bytes(device) - (size_of(model.parameters()) if device.type != "cuda" else 0)
+    row = row_bytes(model.config.get_text_config(), compute_size(model), prompt_tokens, new_tokens,
+                    beams)
     return rows_that_fit(have, row, beams)
 
 

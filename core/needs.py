@@ -11,6 +11,7 @@ from core.distributed import layers_of, world
 VALUES = {"AdamW": 2, "RMSprop": 1, "Muon": 1}      # that an optimizer keeps of each weight
 NF4 = 0.516     # bytes of a 4-bit weight with its share of the scales
 STEP = 16       # bytes a weight while `core.precision.exact_step` updates a parameter
+SLACK = 128     # tokens that the cache of a sliding window has room for beside the window
 
 
 # ---------------------------------------------------------------- a model's shape
@@ -150,26 +151,34 @@ def plan(model, state, args, labelled):
 def reading_bytes(config, size, tokens, row_tokens):
     """Bytes of one layer's activations while `tokens` tokens in rows of `row_tokens` are read."""
     s = shape_of(config)
-    return size * tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * row_tokens)
+    return (size * tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * row_tokens)
+            + score_bytes(config) * tokens * row_tokens)
 
 
-def row_bytes(config, size, prompt_tokens, new_tokens):
+def score_bytes(config):
+    """Bytes that attention keeps for each pair of query and key, of all heads."""
+    eager = getattr(config, "_attn_implementation", "") == "eager"
+    return 8 * shape_of(config).heads if eager else 0
+
+
+def row_bytes(config, size, prompt_tokens, new_tokens, beams=1):
     """Bytes that decoding needs beside the weights for one row: one prompt, or one of its beams.
 
-    size: bytes per value. The key-value cache of all layers, of which one with a sliding window
-    keeps at most its window once the prompt is read; and the larger of two: while the prompt is
-    read, one layer's activations; then one layer's cache copied, as beams are reordered and rows
-    selected, and with its heads repeated, as some versions of attention do under a mask, and a row
-    of logits, which beam search holds in fp32 four times.
+    size: bytes per value. The key-value cache of all layers, which is allocated once; and the
+    larger of two: while the prompt is read, once for all its beams, one layer's activations; then
+    one layer's cache copied, as rows are selected, with its heads repeated in `eager` attention,
+    and a row of logits, which beam search holds in fp32 four times.
     """
     s, total = shape_of(config), prompt_tokens + new_tokens
-    window = max(getattr(config, "sliding_window", None) or math.inf, prompt_tokens)
+    window = (getattr(config, "sliding_window", None) or math.inf) + SLACK
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * s.layers
     tokens = [min(total, window) if kind == "sliding_attention" else total for kind in kinds]
-    a_token = 2 * size * s.kv       # of a layer's cache
-    writing = a_token * max(tokens) * (1 + s.a / s.kv) + (size + 16) * s.vocabulary
+    a_token, scores = 2 * size * s.kv, score_bytes(config)      # a_token: of a layer's cache
+    cache = a_token * sum(tokens)
     reading = reading_bytes(config, size, prompt_tokens, prompt_tokens)
-    return a_token * sum(tokens) + max(reading, writing)
+    repeated = 2 * size * s.a + scores if scores else 0
+    writing = (a_token + repeated) * max(tokens) + (size + 16) * s.vocabulary
+    return max((cache + reading) / beams, cache + writing)
 
 
 def rows_that_fit(have, row, beams):

@@ -2,17 +2,18 @@
 import gc
 import json
 import logging
+import types
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from conftest import Interrupted, interrupt_after, rows, run, tiny_model
+from conftest import Interrupted, interrupt_after, rows, run, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 
 import generate
 import sft
-from core import merge
+from core import decoding, merge
 from core.cli import run_stage
 from core.decoding import (
     check_decoding,
@@ -21,6 +22,7 @@ from core.decoding import (
     decode_beams,
     roomy_cache,
     sample_uniforms,
+    strip_eos,
 )
 from core.models import open_model
 from core.records import InputError, half_of, write_jsonl
@@ -147,18 +149,92 @@ def test_every_eos_id_ends_an_answer(model):
         assert (completion, cut) == (theirs[:end], end == NEW)
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2"])
-@pytest.mark.parametrize("window", [6, 33])     # 9 + 24 = 33 tokens are needed
-def test_sliding_windows(family, window):
-    """Gemma 2 has sliding and full layers in turn, Mistral sliding ones only."""
-    model = tiny_model(family, vocab=12, seed=1, sliding_window=window)
-    prompts = [*prompts_of(7), [1, *range(3, 11)]]
-    assert decode(model, prompts, [EOS], NEW) == tuple(
-        map(list, zip(*[plain_loop(model, p) for p in prompts], strict=True)))
+@pytest.fixture(params=[2, 128])
+def slack(request, monkeypatch):
+    """How often the cache of a sliding window moves its window: at every third token, or never."""
+    monkeypatch.setattr(decoding, "SLACK", request.param)
+    return request.param
+
+
+def sliding_model(family, window):
+    """Gemma 2 and 3 have sliding and full layers in turn, Mistral sliding ones only."""
+    if family == "gemma3_text":
+        return other_model(family, sliding_window=window,
+                           layer_types=["sliding_attention", "full_attention"])
+    return tiny_model(family, vocab=12, seed=1, sliding_window=window)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("window", [4, 6, 33])     # 9 + 24 = 33 tokens are needed
+def test_sliding_windows(family, window, slack, monkeypatch):
+    """Prompts shorter and longer than the window, padded, finished rows leaving: the answers of the
+    plain loop, and those of transformers' cache, whose logits are the same but for rounding."""
+    model, eos, logits = sliding_model(family, window), [EOS, 7, 9], []
+    prompts = [*prompts_of(15), [1, *range(3, 11)], [1]]
+    model.register_forward_hook(lambda model, args, out: logits.append(out.logits))
+    found = decode(model, prompts, eos, NEW)
+    ours, logits[:] = list(logits), []
+    assert len(ours[-1]) < len(ours[0]) == 17       # rows left
     cache, own = roomy_cache(model, 33), DynamicCache(config=model.config)
     assert cache.is_sliding == own.is_sliding and True in own.is_sliding
-    roomy = [type(a) is not type(b) for a, b in zip(cache.layers, own.layers, strict=True)]
-    assert roomy == [window == 33 or not sliding for sliding in own.is_sliding]
+    assert all(hasattr(layer, "room") for layer in cache.layers)
+    with monkeypatch.context() as m:
+        m.setattr(decoding, "roomy_cache", lambda *_: own)
+        assert decode(model, prompts, eos, NEW) == found
+    for a, b in zip(ours, logits, strict=True):
+        torch.testing.assert_close(a, b)
+    plain = [plain_loop(model, p, eos=eos) for p in prompts]
+    assert found == tuple(map(list, zip(*plain, strict=True)))
+
+
+@pytest.mark.parametrize("window", [None, 2, 5])
+@pytest.mark.parametrize("prompt", [1, 4, 5, 9])
+def test_the_cache_gives_what_transformers_gives(window, prompt, slack):
+    """The same keys, values and mask sizes, bit for bit, also when rows are repeated, exchanged and
+    dropped; of what is shared, rows are not exchanged."""
+    config = tiny_config("mistral", num_hidden_layers=1, sliding_window=window)
+    model, generator = types.SimpleNamespace(config=config), torch.Generator().manual_seed(0)
+    ours, own = roomy_cache(model, prompt + 20), DynamicCache(config=config)
+    rows, order = 2, [None] * 21
+    order[0], order[14] = [0, 0, 0, 1, 1, 1], [1, 4, 5]
+    for step in (2, 5, 6, 7, 11):           # beams of the two prompts
+        order[step] = [1, 1, 0, 5, 3, 4]
+    for step in (15, 18):
+        order[step] = [1, 1, 0] if step == 18 else [2, 0]
+    for step in range(20):
+        new = [torch.rand(rows, 1, prompt if step == 0 else 1, 8, generator=generator)
+               for _ in range(2)]
+        assert ours.get_mask_sizes(len(new[0][0, 0]), 0) == own.get_mask_sizes(
+            len(new[0][0, 0]), 0)
+        for a, b in zip(ours.update(*new, 0), own.update(*new, 0), strict=True):
+            assert torch.equal(a, b)
+        assert ours.get_seq_length() == own.get_seq_length() == prompt + step
+        if step == 14:
+            ours.layers[0].shared = 0
+        if order[step]:
+            rows = len(order[step])
+            for cache in (ours, own):
+                cache.reorder_cache(torch.tensor(order[step]))
+        if step == 0:
+            ours.layers[0].shared = ours.layers[0].end
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gemma3_text"])
+def test_beams_with_the_cache_are_those_without(family, dtype, slack):
+    """The same answers in batches, where every prompt is read once and its last token once a beam;
+    windows of 6 are shorter than prompts."""
+    model = tiny_model(vocab=12, seed=22) if family == "llama" else sliding_model(family, 6)
+    model, read = model.to(dtype), []
+    prompts = [*prompts_of(9, seed=3), [1], [1, 5, 6, 7, 8, 9, 10, 11, 3, 4, 5]]
+    hook = model.register_forward_pre_hook(
+        lambda model, args, inputs: read.append(tuple(inputs["input_ids"].shape)), with_kwargs=True)
+    found = decode_beams(model, prompts, [EOS], NEW, 4)
+    hook.remove()
+    assert read[0] == (11, 10) and set(read[1:]) == {(44, 1)}
+    ids, mask = decoding.padded(prompts, "cpu")
+    own = model.generate(ids, attention_mask=mask)[:, ids.shape[1]:].tolist()
+    assert found == strip_eos([row + [EOS] * (NEW - len(row)) for row in own], [EOS])
 
 
 SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -173,12 +249,13 @@ OTHERS = {
     "falcon_h1": dict(head_dim=8, mamba_d_ssm=32, **MAMBA),
     "roberta": dict(is_decoder=True), "rwkv": dict(attention_hidden_size=16),
     "recurrent_gemma": dict(head_dim=8, lru_width=16, num_hidden_layers=3),
-    "minimax": dict(head_dim=8, num_local_experts=2), "openai-gpt": dict(n_positions=64)}
+    "minimax": dict(head_dim=8, num_local_experts=2), "openai-gpt": dict(n_positions=64),
+    "gemma3_text": dict(head_dim=8)}
 
 
-def other_model(family, vocab=12):
+def other_model(family, vocab=12, **more):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, vocab_size=vocab, **{**SHAPE, **OTHERS[family]})
+    config = AutoConfig.for_model(family, vocab_size=vocab, **{**SHAPE, **OTHERS[family], **more})
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
