@@ -198,14 +198,16 @@ class Chooser:
 
 
 # What rounding may make of them. fp32: metrics have 6 decimals; AdamW makes whole steps of what is
-# rounding in small gradients. bf16: 3 digits, so logits of 16 and more are 0.125 apart.
+# rounding in small gradients. bf16: 3 digits, so logits of 16 and more are 0.125 apart. Where 12
+# sampled answers on 4 bits parted, the same weights in bf16 and in fp32 were up to 2.1 apart in one
+# logit and 0.10 in the shares that noise is compared with.
 TOLERANCE = {
     "float32": {"SFT, first loss": 1e-5, "SFT, later losses": 1e-3, "DPO, first loss": 1e-5,
                 "DPO, log-probabilities": 1e-3, "judge, P(change)": 1e-5,
                 "greedy answers": 1e-3, "sampled answers": 1e-4},
     "bfloat16": {"SFT, first loss": 0.02, "SFT, later losses": 0.05, "DPO, first loss": 0.02,
                  "DPO, log-probabilities": 0.5, "judge, P(change)": 0.02,
-                 "greedy answers": 0.25, "sampled answers": 0.05}}
+                 "greedy answers": 0.25, "sampled answers": 0.15}}
 
 
 def differs(checks, dtype):
