@@ -139,6 +139,7 @@ def train(args):
     model = open_model(folder, device, "AutoModelForSequenceClassification", shards=True,
                        dtype=dtype)
     shard(model, device)
+    judge.probe_judge(model, [ids for ids, _ in examples], args, device)
     _, accuracy, flips = judge.held_out(model, reported, args, device)
     first(lambda: write_json(folder / "judge.json", {
         "held_out_accuracy": accuracy, "held_out_pairs": len(reported) // 2,

@@ -247,10 +247,9 @@ def main(args):
                     logps = policy_chosen = policy_rejected = losses = nll = None
                     metrics = torch.zeros(8, device=device)
                     for indices, micro in pair_batches([pairs[i] for i in batch], args, device,
-                                                       model, dealt_out=True):
-                        logps = sequence_logps(model, micro, 2 * len(indices))
-                        policy_chosen = logps[:len(indices)]
-                        policy_rejected = logps[len(indices):]
+                                                       model):
+                        logps = sequence_logps(model, micro, 2 * n).reshape(n, 2)[indices]
+                        policy_chosen, policy_rejected = logps.T
                         here = torch.as_tensor(batch[indices], device=device)
                         losses, chosen, rejected = dpo_loss(
                             policy_chosen, policy_rejected, *reference[here].T, beta, args.loss,

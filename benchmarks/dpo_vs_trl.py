@@ -2,12 +2,14 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/dpo_vs_trl.py [--size 3M|60M]
+    python benchmarks/dpo_vs_trl.py --size 135M --weights FOLDER      # SmolLM2, real weights
 
 Pairs: a GSM8K answer over another problem's. Both sides have the same weights, token ids, order,
 optimizer (fused AdamW in fp32) and pairs a step. Both compute the reference's log-probabilities
 beforehand, which is not counted. TRL 1.16 has no padding-free mode for DPO; it runs with three
-sizes of micro-batch. Counted: pairs per second from the end of the first step to the end of the
-last. Loss and gradients of the first step must agree before anything is timed.
+sizes of micro-batch, above 3M weights with two: the largest was never the best. Counted: pairs per
+second from the end of the first step to the end of the last. Loss and gradients of the first step
+must agree before anything is timed.
 """
 import argparse
 import statistics
@@ -17,13 +19,14 @@ from pathlib import Path
 from _bench import (
     add_flags,
     floor,
-    make_model,
+    model_folder,
     operations,
     preferences,
     problems,
     race,
     report,
     settle,
+    tolerance_of,
     train,
 )
 from sft_vs_trl import TRL, trl_clock
@@ -72,10 +75,10 @@ def main(args):
     import dpo
     from core.records import write_jsonl
     settle(args)
-    mine = ["--row-tokens", str(args.row_tokens), "--micro-tokens", str(args.micro_tokens)]
+    mine = ["--micro-tokens", str(args.micro_tokens)]
     with tempfile.TemporaryDirectory() as top:
-        folder, data = Path(top) / "model", Path(top) / "data.jsonl"
-        weights = make_model(folder, args.size)
+        data = Path(top) / "data.jsonl"
+        folder, title = model_folder(args, f"{top}/model")
         pairs = preferences(problems("train", args.batch * args.steps))
         write_jsonl(data, pairs)
         rows = tokenized(folder, pairs)
@@ -83,24 +86,26 @@ def main(args):
 
         def loop(micro):
             return lambda: theirs(folder, dataset, args.batch, micro)
+        micros = (1, 2, 8) if args.size == "3M" else (1, 2)
         rates = race(args, lambda: train(dpo, folder, data, args.batch, mine),
-                     {f"TRL, {micro} pairs a pass": loop(micro) for micro in (1, 2, 8)},
+                     {f"TRL, {micro} pairs a pass": loop(micro) for micro in micros},
                      args.batch * (args.steps - 1))
     counted = rows[args.batch:]
     lengths = [len(r["prompt_ids"]) + len(r[f"{k}_ids"]) for k in SIDES for r in counted]
     predicted = sum(len(r[f"{k}_ids"]) for k in SIDES for r in counted)
-    needed = operations(args.size, lengths, predicted) / len(counted)
-    report(f"dpo_{args.size}", f"DPO, Llama of {weights / 1e6:.1f}M weights", "pairs per second",
+    # the tokens of a prompt but the last count once
+    shared = [len(r["prompt_ids"]) - 1 for r in counted]
+    needed = operations(args.size, lengths, predicted, shared=shared) / len(counted)
+    report(f"dpo_{args.size}", f"DPO, {title}", "pairs per second",
            {"DPO": rates},
            f"{len(pairs)} pairs of GSM8K answers, {args.batch} a step, {' '.join(mine)}; loss of "
-           "the first step within 1e-4, its gradients within 1e-4 of the largest. "
+           f"the first step within {tolerance_of(args)}, its gradients within "
+           f"{tolerance_of(args)} of the largest. "
            + floor(needed, "pair", statistics.median(rates["ours"])))
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(p)
-    p.add_argument("--row-tokens", type=int, default=1)
-    p.add_argument("--micro-tokens", type=int, default=1024)
+    add_flags(p, real=True)
     main(p.parse_args())

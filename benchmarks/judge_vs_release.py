@@ -8,17 +8,17 @@ in both orders. Counted: pairs per second without tokenizing and loading. All sc
 1e-5 before anything is timed.
 """
 import argparse
+import os
 import statistics
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 from _bench import (
     add_flags,
     alternate,
     floor,
-    make_model,
+    model_folder,
     operations,
     preferences,
     problems,
@@ -30,30 +30,32 @@ from _bench import (
 def main(args):
     import torch
 
-    from core.judge import encode_pair, probabilities
+    from core.judge import encode_pair, probabilities, probe_judge
     from core.models import open_model
     from core.tokens import open_tokenizer
     settle(args)
     cpu = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        weights = make_model(folder, args.size)
+        folder, title = model_folder(args, folder)
         tokenizer = open_tokenizer(folder)
         torch.manual_seed(0)
-        model = open_model(Path(folder), cpu, "AutoModelForSequenceClassification",
-                           num_labels=2).eval()
+        model, plain = (open_model(folder, cpu, "AutoModelForSequenceClassification",
+                                   num_labels=2).eval() for _ in range(2))
         torch.nn.init.normal_(model.score.weight, std=1.0)
+        plain.score.weight.data.copy_(model.score.weight)
     questions = []
     for p in preferences(problems("train", args.pairs)):
         questions.append(encode_pair(tokenizer, p["prompt"], p["chosen"], p["rejected"]))
         questions.append(encode_pair(tokenizer, p["prompt"], p["rejected"], p["chosen"]))
-    packing = argparse.Namespace(row_tokens=args.row_tokens, micro_tokens=args.micro_tokens)
-    model.config.pad_token_id = -1          # one question at a time is read at its last token
+    packing = argparse.Namespace(row_tokens=1, micro_tokens=args.micro_tokens)
+    probe_judge(model, questions, packing, cpu)
+    plain.config.pad_token_id = -1          # one question at a time is read at its last token
 
     def release():
         found = []
         for ids in questions:
             mask = torch.ones(1, len(ids), dtype=torch.long)
-            logits = model(input_ids=torch.tensor([ids]), attention_mask=mask).logits
+            logits = plain(input_ids=torch.tensor([ids]), attention_mask=mask).logits
             found.append(logits.float().softmax(-1)[0, 1].item())
         return found
 
@@ -72,19 +74,18 @@ def main(args):
         rates = alternate({"ours": lambda: rate(ours),
                            "the release's loop": lambda: rate(release)}, args.repeats)
     lengths = [len(q) for q in questions]
-    needed = operations(args.size, lengths, 0, backward=False) / args.pairs
-    report(f"judge_{args.size}", f"Judging, Llama of {weights / 1e6:.1f}M weights",
+    shared = [len(os.path.commonprefix(questions[k:k + 2])) for k in range(0, len(questions), 2)]
+    needed = operations(args.size, lengths, 0, backward=False, shared=shared) / args.pairs
+    report(f"judge_{args.size}", f"Judging, {title}",
            "pairs per second, both orders", {"judge": rates},
            f"{args.pairs} pairs of GSM8K answers, {sum(lengths) / len(lengths):.0f} tokens a "
-           f"question, --row-tokens {args.row_tokens} --micro-tokens {args.micro_tokens}; all "
+           f"question, --micro-tokens {args.micro_tokens}; all "
            "scores within 1e-5. " + floor(needed, "pair", statistics.median(rates["ours"])))
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(p)
-    p.add_argument("--pairs", type=int, default=256)
-    p.add_argument("--row-tokens", type=int, default=1)
-    p.add_argument("--micro-tokens", type=int, default=2048)
+    add_flags(p, real=True)
+    p.add_argument("--pairs", type=int, default=128)
     main(p.parse_args())

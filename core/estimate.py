@@ -103,15 +103,15 @@ class Estimate:
         prompt, answer, _ = self.lengths
         made, rank = self.made_by(args.model or args.init_config), getattr(args, "lora_rank", 0)
         made = self.made[args.out] = Made(made.base, rank)
-        length, labelled = prompt + answer, answer / (prompt + answer)
+        sides = 1 if kind == "sft" else 2
+        # a pair is one sequence whose prompt is there once, a question of the judge has two answers
+        length, labelled = prompt + sides * answer, sides * answer / (prompt + sides * answer)
         if kind == "compare":       # the pairs of 80% of the problems, in both orders
             examples = int(0.8 * 2 * self.count(args.gold) * (1 + args.wrong_per_problem))
-            length, labelled = prompt + 2 * answer, 0
+            labelled = 0
         else:
             examples = self.count(args.data)
-        if kind == "dpo":
-            length *= 2
-        elif getattr(args, "half", None):
+        if getattr(args, "half", None):
             examples = math.ceil(examples / 2)
         model = self.opened(made, getattr(args, "load_in_4bit", 0), args.dtype, kind == "compare")
         state = state_bytes(OPTIMIZERS[args.optimizer], model.trained,
@@ -119,15 +119,15 @@ class Estimate:
         needs = plan(model.model, state, args, labelled)
 
         steps = math.ceil(examples / args.batch_size)       # of an epoch
-        row = min(max(args.row_tokens, length), args.batch_size * length)
-        passes = steps * math.ceil(args.batch_size * length / max(args.micro_tokens, row))
-        seconds = model.seconds(self.card, examples * length, row, labelled, passes, True,
+        passes = steps * math.ceil(args.batch_size * length / max(args.micro_tokens, length))
+        # attention is within sequences, to the tokens before
+        seconds = model.seconds(self.card, examples * length, length / 2, labelled, passes, True,
                                 args.gradient_checkpointing)
         trained = sum(p.numel() for p in model.trained)
         moved = STEP_TRAFFIC[model.trained[0].element_size()] * trained
         seconds = args.epochs * (seconds + steps * moved / self.card.memory)
         if kind == "dpo":           # the reference's log-probabilities
-            seconds += model.seconds(self.card, examples * length, row, labelled, passes)
+            seconds += model.seconds(self.card, examples * length, length / 2, labelled, passes)
         disk = 4 * trained * (1 + len(getattr(args, "save_at", ())))        # exact values
         seconds += START + (2 * model.count + disk) / DISK
         what = {"sft": "records", "dpo": "pairs", "compare": "questions"}[kind]
@@ -147,7 +147,8 @@ class Estimate:
             problems = min(problems, args.limit or problems)
             jobs = self.counts[out] = problems * args.num_samples
             steps = min(args.max_new_tokens, 2 * answer)
-            row = row_bytes(model.config, model.size, longest, args.max_new_tokens)
+            row = row_bytes(model.config, model.size, longest, args.max_new_tokens,
+                            args.num_beams)
             rows = batch = min(args.batch_size, jobs)
             while rows > rows_that_fit(self.card.bytes - model.bytes, row, args.num_beams):
                 rows = (rows + 1) // 2      # as generate.py
@@ -155,9 +156,9 @@ class Estimate:
             alive = answer / steps if args.num_beams == 1 else 1
             calls = math.ceil(jobs / batch) * math.ceil(batch / rows)
             seconds += calls * steps * model.token_seconds(
-                self.card, rows * args.num_beams, alive, prompt + steps / 2, args.num_beams)
-            seconds += model.seconds(self.card, problems * args.num_beams * prompt, prompt,
-                                     1 / prompt, calls)
+                self.card, rows * args.num_beams, alive, prompt + steps / 2,
+                steps / 2 if args.num_beams > 1 else 0)
+            seconds += model.seconds(self.card, problems * prompt, prompt, 1 / prompt, calls)
             seconds += 2 * model.count / DISK
         words = f"{model.name}, {jobs:,} answers"
         words += f" x {len(args.out)}" if len(args.out) > 1 else ""
@@ -171,7 +172,7 @@ class Estimate:
         pairs = self.counts[args.out] = self.count(args.a) // (1 if args.b else 2)
         micro = max(args.micro_tokens, args.row_tokens)
         memory = model.bytes + reading_bytes(model.config, model.size, micro, args.row_tokens)
-        seconds = model.seconds(self.card, 2 * pairs * (prompt + 2 * answer), args.row_tokens, 0, 0)
+        seconds = model.seconds(self.card, pairs * (prompt + 4 * answer), prompt / 2 + answer, 0, 0)
         return Cost(memory, 0, seconds + START + 2 * model.count / DISK, 0,
                     f"{model.name}, {pairs:,} pairs in both orders, at most")
 

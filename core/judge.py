@@ -221,12 +221,13 @@ def judge_logits(model, batch):
 def probabilities(model, sequences, args, device):
     """P(change to B) of each sequence of token ids, as a list of floats.
 
+    sequences: the two orders of a pair follow each other; they may share their prompt.
     args: its row_tokens and micro_tokens are read. Raises FloatingPointError for NaN.
     """
     import torch
     probs = torch.zeros(len(sequences))
     packed = pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens,
-                  args.micro_tokens, device, model)
+                  args.micro_tokens, device, model, 2)
     with torch.no_grad():
         for batch in packed:
             owner, logits = judge_logits(model, batch)

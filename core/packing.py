@@ -1,78 +1,130 @@
 """Packed rows: several sequences side by side in one row of a batch, without cross-talk."""
-import itertools
+import functools
+import math
+import os
 
 from core.distributed import inside_forward, most, own_share
 
+# Rows of attention by sequences are filled up to a multiple of it: oneDNN prepares itself for every
+# new shape of a product, which takes longer than the product where a model is tiny.
+MULTIPLE = 32
 
-def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None):
-    """Sequences -> micro-batches of packed rows (first fit, longest first).
+
+def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None, group=1):
+    """Sequences -> micro-batches of up to `micro_tokens` tokens, padding included, longest first.
 
     sequences: list of (token ids, loss weight of each token as a target; the first is ignored).
-    Rows hold up to `row_tokens` tokens (or one longer sequence), micro-batches up to
-    `micro_tokens` (or one row). Yields at least one micro-batch, padding if there is no sequence:
-    a dict of (rows, length) tensors
+    group: so many following sequences are never divided; a larger group may exceed micro_tokens.
+    row_tokens: 0 for a model whose attention keeps sequences apart (core/attention.py): then a
+    micro-batch is one row with less than MULTIPLE tokens of padding, where a group's common
+    beginning, up to its first target, stands once. Else rows hold up to `row_tokens` tokens, or
+    one longer sequence.
+    Yields at least one micro-batch, padding if there is no sequence: a dict of (rows, length)
+    tensors
         input_ids     int64
-        position_ids  int64; they restart at 0 with every sequence, which keeps sequences apart
+        position_ids  int64; they restart with every sequence, or go on after the beginning
         weights       fp32; loss weight of predicting the next token
-        owner         int64; index into `sequences`, -1 for padding
-    and `packed`, a bool: whether any row holds two sequences.
-    If `model` is sharded, a process gets its share of the sequences, and padding until all
+        owner         int64; index into `sequences`, -1 for padding; of a beginning the first one
+    and `packed`, a bool: whether any row holds two sequences; `units`: None, or what
+    `core.attention.attend` needs; `members`: the indices into `sequences`, in the rows' order.
+    If `model` is sharded, a process gets its share of the groups, and padding until all
     processes have the same number of micro-batches.
     """
+    one_row = row_tokens == 0
+    row_tokens = row_tokens or micro_tokens
+    groups = [range(k, min(k + group, len(sequences))) for k in range(0, len(sequences), group)]
+    # a part of a row is sequences with a common beginning, or just one
+    groups = [[tuple(g)] if one_row else [(i,) for i in g] for g in groups]
+
+    @functools.cache
+    def tokens(part):
+        lengths = [len(sequences[i][0]) for i in part]
+        return sum(lengths) - (len(part) - 1) * beginning([sequences[i] for i in part])
+
+    groups.sort(key=lambda parts: -sum(map(tokens, parts)))
+    micros, rows = [], []
+    for parts in own_share(groups, model):
+        more = placed(parts, rows, tokens, row_tokens)
+        if rows and len(more) * max(sum(map(tokens, row)) for row in more) > micro_tokens:
+            micros.append(rows)
+            more = placed(parts, [], tokens, row_tokens)
+        rows = more
+    micros.append(rows)
+    micros += [[]] * (most(len(micros), model) - len(micros))
+    for rows in micros:
+        yield laid_out(sequences, rows or [[]], one_row, device)
+
+
+def beginning(sequences):
+    """How many first tokens some sequences can share: the same ones, none of which is a target or
+    the last before one, so that what is predicted at a token belongs to one sequence."""
+    if len(sequences) == 1:
+        return 0
+    same = len(os.path.commonprefix([ids for ids, _ in sequences]))
+    targets = [next((t for t, w in enumerate(weights) if w and t), len(weights))
+               for _, weights in sequences]
+    return max(0, min(same, *(t - 1 for t in targets)))
+
+
+def placed(parts, rows, tokens, row_tokens):
+    """`rows` with some more parts, each in the first row that has room for it, or in a new one."""
+    rows = [list(row) for row in rows]
+    for part in parts:
+        row = next((r for r in rows if sum(map(tokens, r)) + tokens(part) <= row_tokens), None)
+        if row is None:
+            rows.append([part])
+        else:
+            row.append(part)
+    return rows
+
+
+def laid_out(sequences, rows, one_row, device):
+    """The micro-batch of some rows, as `pack` says."""
     import torch
-    rows, free = [], []
-    for i in own_share(sorted(range(len(sequences)), key=lambda i: -len(sequences[i][0])), model):
-        n = len(sequences[i][0])
-        r = next((r for r, room in enumerate(free) if room >= n), len(rows))
-        if r == len(rows):
-            rows.append([])
-            free.append(max(row_tokens, n))
-        rows[r].append(i)
-        free[r] -= n
-    lengths = [sum(len(sequences[i][0]) for i in row) for row in rows]
-
-    cuts = [0]      # micro-batch m holds the rows cuts[m] to cuts[m + 1]
-    while cuts[-1] < len(rows):
-        start, end = cuts[-1], cuts[-1] + 1
-        while end < len(rows) and max(lengths[start:end + 1]) * (end + 1 - start) <= micro_tokens:
-            end += 1
-        cuts.append(end)
-    for _ in range(len(cuts), most(max(2, len(cuts)), model)):
-        rows.append([])
-        lengths.append(1)
-        cuts.append(len(rows))
-
-    for start, end in itertools.pairwise(cuts):
-        shape = (end - start, max(lengths[start:end]))
-        packed = any(len(row) > 1 for row in rows[start:end])
-        batch = {"input_ids": torch.zeros(shape, dtype=torch.long),
-                 "position_ids": torch.zeros(shape, dtype=torch.long),
-                 "weights": torch.zeros(shape), "owner": torch.full(shape, -1)}
-        for r, row in enumerate(rows[start:end]):
-            at = 0
-            for i in row:
-                ids, w = sequences[i]
-                span = slice(at, at + len(ids))
-                batch["input_ids"][r, span] = torch.tensor(ids)
-                batch["owner"][r, span] = i
-                batch["position_ids"][r, span] = torch.arange(len(ids))
-                following = torch.tensor(w[1:], dtype=torch.float)
-                batch["weights"][r, at:at + len(ids) - 1] = following
-                at += len(ids)
-        # Padding stays at position 0: a model may have no later one.
-        batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-        yield {**batch, "packed": packed}
+    names = "input_ids", "position_ids", "weights", "owner"
+    table, units = {name: [] for name in names}, []
+    for row in rows:
+        lines = [[] for _ in names]
+        for part in row:
+            shared = beginning([sequences[i] for i in part])
+            for start, i in zip((0, *[shared] * len(part[1:])), part, strict=True):
+                ids, weights = sequences[i]
+                new = (ids[start:], range(start, len(ids)), [*weights[start + 1:], 0.0],
+                       [i] * (len(ids) - start))
+                for line, values in zip(lines, new, strict=True):
+                    line += values
+            units.append((shared, *(len(sequences[i][0]) - shared for i in part)))
+        for name, line in zip(names, lines, strict=True):
+            table[name].append(line)
+    width = max(1, *map(len, table["owner"]))
+    if one_row:
+        filled = math.ceil(width / MULTIPLE) * MULTIPLE
+        units += [(0, filled - sum(map(sum, units)))]       # the padding, a sequence of its own
+        width = filled
+    # Padding stays at position 0: a model may have no later one.
+    batch = {name: torch.tensor(
+        [line + [-1 if name == "owner" else 0] * (width - len(line)) for line in lines],
+        dtype=torch.float if name == "weights" else torch.long).to(device, non_blocking=True)
+        for name, lines in table.items()}
+    return {**batch, "packed": any(len(row) > 1 for row in rows),
+            "units": tuple(unit for unit in units if sum(unit)) if one_row else None,
+            "members": [i for row in rows for part in row for i in part]}
 
 
 def model_inputs(batch):
     """The arguments of a forward pass over a micro-batch.
 
     No attention mask and no cache: only then does transformers build the block-diagonal causal
-    mask from the restarting position_ids, which keeps packed sequences apart. Where no row holds
-    two sequences, causal attention is enough: no positions and no mask, for any model.
+    mask from the restarting position_ids, which keeps packed sequences apart, if attention itself
+    does not. Where no row holds two sequences, causal attention is enough: no positions and no
+    mask, for any model.
     """
-    positions = {"position_ids": batch["position_ids"]} if batch["packed"] else {}
-    return {"input_ids": batch["input_ids"], **positions, "use_cache": False}
+    inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+    if batch["packed"] or batch["units"]:
+        inputs["position_ids"] = batch["position_ids"]
+    if batch["units"]:
+        inputs["units"] = batch["units"]
+    return inputs
 
 
 def hidden_states(model, batch):
@@ -103,6 +155,35 @@ def logits_at(model, batch, rows, columns):
     return logits[0] if chosen else logits[rows, columns]
 
 
+def target_logps(logits, targets):
+    """log softmax(logits)[target]: (N,) of logits (N, vocabulary) and targets int64 (N,).
+
+    Everything, the gradient too, is written over the logits, which are the largest tensor of a
+    pass: nothing else may use them.
+    """
+    return target_logps_function().apply(logits, targets)
+
+
+@functools.cache
+def target_logps_function():
+    import torch
+
+    class TargetLogps(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits, targets):
+            logps = logits.detach()
+            torch.log_softmax(logps, 1, out=logps)
+            ctx.save_for_backward(logps, targets)
+            return logps.gather(1, targets[:, None])[:, 0]
+
+        @staticmethod
+        def backward(ctx, gradient):
+            logps, targets = ctx.saved_tensors
+            gradient = gradient[:, None]
+            return logps.exp_().mul_(-gradient).scatter_add_(1, targets[:, None], gradient), None
+    return TargetLogps
+
+
 @inside_forward
 def completion_logps(model, batch):
     """Log-probability of every token whose loss weight is not 0.
@@ -112,7 +193,6 @@ def completion_logps(model, batch):
     """
     rows, columns = batch["weights"].nonzero(as_tuple=True)
     targets = batch["input_ids"][rows, columns + 1]
-    logits = logits_at(model, batch, rows, columns).float()
-    logps = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
+    logps = target_logps(logits_at(model, batch, rows, columns).float(), targets)
     assert logps.shape == rows.shape
     return logps, batch["weights"][rows, columns], batch["owner"][rows, columns]

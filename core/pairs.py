@@ -1,8 +1,7 @@
 """Preference pairs: as token sequences, packed together, and as log-probabilities."""
-import math
 from collections import namedtuple
 
-from core.distributed import deal, most, own_share
+from core.distributed import summed
 from core.packing import completion_logps, pack
 from core.records import InputError
 from core.tokens import encode_completion, encode_prompt
@@ -52,29 +51,15 @@ def sequence_logps(model, batch, count):
     return torch.zeros(count, device=logps.device).index_add(0, owner, logps)
 
 
-def pair_batches(pairs, args, device, model=None, dealt_out=False):
-    """Pack pairs (chosen sequence, rejected sequence), longest first; none is divided.
+def pair_batches(pairs, args, device, model=None):
+    """Pack pairs (chosen sequence, rejected sequence), as `pack` does; none is divided.
 
-    Yields (indices into pairs, micro-batch), whose sequences are chosen 0..n-1, then rejected
-    n..2n-1. The processes of a sharded model get equally many micro-batches, some of padding:
-    of their own pairs, or with dealt_out of a share of common ones.
+    Yields (indices into pairs, micro-batch), whose sequences are chosen 0, rejected 0, chosen 1,
+    and so on. The processes of a sharded model share the pairs.
     """
-    tokens_of = [len(chosen[0]) + len(rejected[0]) for chosen, rejected in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: -tokens_of[i])
-    order, groups = own_share(order, model if dealt_out else None), []
-    while order:
-        end, tokens = 1, tokens_of[order[0]]
-        while end < len(order) and tokens + tokens_of[order[end]] <= args.micro_tokens:
-            tokens += tokens_of[order[end]]
-            end += 1
-        groups.append(order[:end])
-        order = order[end:]
-    for indices in groups + [[]] * (most(len(groups), model) - len(groups)):
-        sequences = [pairs[i][side] for side in (0, 1) for i in indices]
-        # one forward pass, even if the padding of short rows exceeds --micro-tokens
-        row_tokens = min(args.row_tokens, args.micro_tokens)
-        batch, = pack(sequences, row_tokens, math.inf, device)
-        yield indices, batch
+    sequences = [side for pair in pairs for side in pair]
+    for batch in pack(sequences, args.row_tokens, args.micro_tokens, device, model, 2):
+        yield sorted({i // 2 for i in batch["members"]}), batch
 
 
 def reference_logps(model, pairs, args, device, path):
@@ -87,17 +72,12 @@ def reference_logps(model, pairs, args, device, path):
     bar = tqdm(total=len(log.results) or len(blocks), desc="reference", unit="batch",
                mininterval=1, leave=False)
 
-    def logps_of(block):
-        found = {}
-        for indices, batch in pair_batches(block, args, device, model):
-            logps = sequence_logps(model, batch, 2 * len(indices)).tolist()
-            both = zip(logps[:len(indices)], logps[len(indices):], strict=True)
-            found.update(zip(indices, both, strict=True))
-        return [found[i] for i in range(len(block))]
     model.eval()
     with torch.no_grad():
-        for found in deal(blocks[log.batches_done:], logps_of, idle=[]):
-            log.append([found])
+        for block in blocks[log.batches_done:]:
+            found = sum(sequence_logps(model, batch, 2 * len(block))
+                        for _, batch in pair_batches(block, args, device, model))
+            log.append([summed(found, model).reshape(-1, 2).tolist()])
             bar.update()
     bar.close()
     model.train()

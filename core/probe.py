@@ -7,12 +7,15 @@ way that is about to be used, and what differs decides.
 import contextlib
 import itertools
 
+from core.attention import join, separate
 from core.distributed import first, inside_forward, is_loss_of_another
+from core.linear import use_onednn
 from core.memory import lacks_memory
 from core.packing import completion_logps, pack
 from core.records import InputError
 
 TOKENS = (48, 40, 32)       # of the records that are tried; different, so that padding is tried too
+ALIKE = 16      # first tokens that two of them have in common, as the sequences of a pair
 
 
 def without_dropout(model):
@@ -34,11 +37,15 @@ def without_dropout(model):
 
 
 @inside_forward
-def own_logps(model, ids):
-    """Log-probabilities of one sequence (1, L) by the model's own forward pass, fp32: of its tokens
-    but the first (L - 1,), or of a judge's two answers (2,)."""
+def own_logps(model, batch):
+    """Log-probabilities of one sequence by the model's own forward pass, fp32: of its tokens from
+    the one numbered `alike` on, or of a judge's two answers (2,). batch: (token ids (1, L), alike).
+    """
+    ids, alike = batch
     logps = model.forward(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0]
-    return logps if logps.dim() == 1 else logps[:-1].gather(1, ids[0, 1:, None])[:, 0]
+    if logps.dim() == 1:
+        return logps
+    return logps[alike - 1:-1].gather(1, ids[0, alike:, None])[:, 0]
 
 
 def gap(found, expected):
@@ -59,10 +66,9 @@ def refusal(what):
         raise InputError(f"{what} ({said})") from None
 
 
-def refuse_cross_talk(ask, tried, changed, alone, slack, noise):
+def refuse_cross_talk(ask, tried, changed, row_tokens, alone, slack, noise):
     """InputError if sequences that share a row are not what they are alone, or if those of `tried`
     but the first are not what they are in `changed`, where the first one has other tokens."""
-    row_tokens = len(tried[0]) + len(tried[-1])     # some other one comes behind the first
     with refusal("it cannot read packed rows"):
         packed, other = ask(tried, row_tokens), ask(changed, row_tokens)
     to_alone, by_another = gap(packed, alone), gap(other[1:], packed[1:])
@@ -72,13 +78,16 @@ def refuse_cross_talk(ask, tried, changed, alone, slack, noise):
 
 
 def probe(model, sequences, args, device, ours=completion_logps):
-    """Switch dropout off, and refuse a model whose training would not be what it says.
+    """Switch dropout off and on a CPU oneDNN on (core/linear.py), and refuse a model whose training
+    would not be what it says.
 
     sequences: (token ids, weights) of all records. Three of them are tried, cut short, and one row
     as full as training makes it. ours: what computes log-probabilities, as `completion_logps`.
-    Sets args.row_tokens to 1, aloud, if packed sequences see each other. InputError for token ids
-    without an embedding, for values that are not the model's own, for what is random, and for
-    records that are too long for the model. The processes of a sharded model all do the same.
+    Sets args.row_tokens to the first of these that leaves records what they are alone: 0 for
+    attention by sequences (core/attention.py), what it is, or 1, aloud, for rows of one record.
+    InputError for token ids without an embedding, for values that are not the model's own, for what
+    is random, and for records that are too long for the model. The processes of a sharded model all
+    do the same.
     """
     import torch
     name, was_training = model.name_or_path or type(model).__name__, model.training
@@ -89,13 +98,16 @@ def probe(model, sequences, args, device, ours=completion_logps):
     # the ends of records, because a judge reads the last token
     tried = [s[0][-n:] for s, n in zip(itertools.cycle(sequences), TOKENS, strict=False)]
     tried.sort(key=len, reverse=True)
+    alike = max(1, min(ALIKE, len(tried[-1]) // 2))
+    tried[1] = tried[0][:alike] + tried[1][alike:]
     kinds = sorted({i for ids in tried for i in ids})
     another = dict(zip(kinds, kinds[1:] + kinds[:1], strict=True))
-    changed = [[another[i] for i in tried[0]], *tried[1:]]
+    changed = [tried[0][:alike] + [another[i] for i in tried[0][alike:]], *tried[1:]]
 
     def ask(sequences, row_tokens):
         found = [torch.zeros(0)] * len(sequences)
-        for batch in pack([(ids, [1.0] * len(ids)) for ids in sequences], row_tokens, 1024, device):
+        weighted = [(ids, [0.0] * alike + [1.0] * (len(ids) - alike)) for ids in sequences]
+        for batch in pack(weighted, row_tokens, 1024, device, None, 2):
             logps, _, owner = ours(model, batch)
             for i in set(owner.tolist()):
                 found[i] = logps[owner == i].flatten().float().cpu()
@@ -103,9 +115,11 @@ def probe(model, sequences, args, device, ours=completion_logps):
 
     with torch.no_grad():
         with refusal(f"{name}: its forward pass fails"):
-            own = [own_logps(model.eval(), torch.tensor([ids], device=device)).cpu()
+            join(model)
+            own = [own_logps(model.eval(), (torch.tensor([ids], device=device), alike)).cpu()
                    for ids in tried]
             without_dropout(model)
+            use_onednn(model)
             alone, beside = ask(tried, 1), ask(changed, 1)
             model.train()
             training = ask(tried, 1)
@@ -123,21 +137,28 @@ def probe(model, sequences, args, device, ours=completion_logps):
                 raise InputError(f"{name}: {what} it computes something else: {got:.4f} instead of "
                                  f"{wanted:.4f} nats a token, each off by "
                                  f"{gap(found, expected):.1g}")
-        for row_tokens in sorted({args.row_tokens, 1}, reverse=True):
+        for row_tokens in dict.fromkeys((0, args.row_tokens or 1, 1)):
+            if row_tokens == 0 and not separate(model):
+                continue
             try:
-                if row_tokens > 1:
-                    refuse_cross_talk(ask, tried, changed, training, slack, noise)
-                longest = sorted((ids for ids, _ in sequences), key=len, reverse=True)[:row_tokens]
+                if row_tokens != 1:
+                    # at least: some other one comes behind the first
+                    width = row_tokens and len(tried[0]) + len(tried[-1])
+                    refuse_cross_talk(ask, tried, changed, width, training, slack, noise)
+                full = row_tokens or args.micro_tokens
+                longest = sorted((ids for ids, _ in sequences), key=len, reverse=True)[:full]
                 weighted = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in longest]
-                row = next(pack(weighted, row_tokens, 1, device))
+                row = next(pack(weighted, row_tokens, 1 if row_tokens else full, device))
                 what = f"it cannot read a row of {row['input_ids'].shape[1]} tokens"
                 # if memory is short, training tries smaller rows
                 with contextlib.suppress(torch.OutOfMemoryError), refusal(what):
                     ours(model, row)[0].tolist()    # waits for the device, whose errors come late
+                args.row_tokens = row_tokens
                 break
             except InputError as e:
+                join(model)
                 if row_tokens == 1:
                     raise InputError(f"{name}: {e}") from None
-                print(f"note: {name}: {e}: rows of one record instead, as by --row-tokens 1")
-                args.row_tokens = 1
+                if row_tokens:
+                    print(f"note: {name}: {e}: rows of one record instead, as by --row-tokens 1")
     model.train(was_training)

@@ -23,8 +23,8 @@ CARDS = {"H100": Card("H100 of 80 GB", 80e9, 650e12, 400e12, 2.6e12),
 LAUNCH = 3e-4               # seconds to launch a layer's kernels for one token: 46 of them
 
 # Passes over what autograd keeps of a layer: forward, backward, computing it again. Adapters add
-# sums as wide as their layers. These, and the cache's passes below, are fitted to simulations of
-# every operation of a 7B and a 2B model (tests/test_estimate.py has their milliseconds).
+# sums as wide as their layers. Fitted to simulations of every operation of a 7B and a 2B model
+# (tests/test_estimate.py has their milliseconds, benchmarks/simulated_card.py makes some of them).
 PASSES, ADAPTED = (4, 5, 3), 5 / 3
 
 # What config.json says of the presets' models, so that no network is needed.
@@ -93,28 +93,29 @@ class Model:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         self.adapters = sum(p.numel() for p in self.trained) if made.rank else 0
 
-    def seconds(self, card, tokens, row, labelled, batches, train=False, again=False):
-        """Of reading `tokens` tokens in `batches` passes; train: with gradients; again: layers are
-        computed again (checkpointing)."""
+    def seconds(self, card, tokens, seen, labelled, batches, train=False, again=False):
+        """Of reading `tokens` tokens in `batches` passes, each attending to `seen` tokens on
+        average; train: with gradients; again: layers are computed again (checkpointing)."""
         s, full = self.shape, not self.rank
         matrix = self.inner * (2 + train * (2 + 2 * full)) + again * 2 * (self.inner - self.last)
         matrix += self.adapters * (2 + 4 * train + 2 * again)
         matrix += labelled * s.h * s.vocabulary * (2 + train * (2 + 2 * full))
-        attention = 4 * s.a * row * s.layers * (1 + 2.5 * train + again)
+        attention = 4 * s.a * seen * s.layers * (1 + 2.5 * train + again)
         passes = sum(n for n, done in zip(PASSES, (True, train, again), strict=True) if done)
-        kept = layer_bytes(self.model, row)[0] * s.layers * (1 if full else ADAPTED)
+        kept = layer_bytes(self.model, seen)[0] * s.layers * (1 if full else ADAPTED)
         moved = kept * passes + labelled * s.vocabulary * (10 + 30 * train)
         weights = self.four * 4.5 * self.inner * (1 + train + again) * batches
         return tokens * (matrix / card.matrix + attention / card.attention
                          + moved / card.memory) + weights / card.memory
 
-    def token_seconds(self, card, rows, alive, tokens, beams):
-        """Of one token of each of `rows` rows of `tokens` tokens, a share of them `alive`."""
+    def token_seconds(self, card, rows, alive, tokens, moved):
+        """Of one token of each of `rows` rows of `tokens` tokens, a share of them `alive`; moved:
+        tokens whose cache is moved because beams change places."""
         s = self.shape
         read = self.inner * (4.5 if self.four else self.size) + self.size * s.h * s.vocabulary
         products = 2 * (self.inner + s.h * s.vocabulary) * rows * alive
-        # attention takes twice as long as reading the cache; beam search also copies it twice, as
-        # it grows and as beams are reordered: a read and a write each
-        cache = 2 * self.size * s.kv * s.layers * tokens * rows * alive * (6 if beams > 1 else 2)
-        computing = max(read / card.memory, products / card.matrix) + cache / card.memory
+        # attention reads the cache once; moving is two reads and two writes
+        cache = 2 * self.size * s.kv * s.layers * (tokens + 4 * moved) * rows * alive
+        other = PASSES[0] * layer_bytes(self.model, 1)[0] * s.layers * rows * alive
+        computing = max(read / card.memory, products / card.matrix) + (cache + other) / card.memory
         return max(computing, LAUNCH * s.layers)

@@ -16,6 +16,7 @@ from conftest import (
 from safetensors.torch import load_file
 
 import dpo
+from core.attention import separate
 from core.models import open_model
 from core.pairs import pair_batches, sequence_logps
 from core.records import InputError, write_jsonl
@@ -108,15 +109,20 @@ def test_packed_pairs_have_the_logps_of_each_alone(tiny, tokenizer, pairs):
         sides = [encode_completion(tokenizer, p[k]) for k in ("chosen", "rejected")]
         sequences.append([(prompt + s, [0.0] * len(prompt) + [1.0] * len(s)) for s in sides])
     expected = brute_logps(tiny / "model", tokenizer, pairs)[1]
-    for row_tokens, micro_tokens in ((2048, 4096), (130, 300), (1, 1)):
+    for row_tokens, micro_tokens in ((2048, 4096), (130, 300), (1, 1), (0, 4096), (0, 1)):
+        if row_tokens == 0:
+            assert separate(model)
         args = dpo.parser().parse_args(["--model", "x", "--data", "x", "--out", "x",
-                                        "--row-tokens", str(row_tokens),
                                         "--micro-tokens", str(micro_tokens)])
-        found, where = torch.zeros(10, 2), []
+        args.row_tokens = row_tokens
+        found, where, tokens = torch.zeros(20), [], 0
         for indices, batch in pair_batches(sequences, args, "cpu"):
-            logps = sequence_logps(model, batch, 2 * len(indices))
-            found[list(indices)] = logps.view(2, -1).T.detach()
+            found += sequence_logps(model, batch, 20).detach()
             where += indices
+            tokens += (batch["owner"] >= 0).sum().item()
+        found = found.reshape(10, 2)
+        saved = sum(len(encode_prompt(tokenizer, p["prompt"])) - 1 for p in pairs)
+        assert tokens == sum(len(s) for p in sequences for s, _ in p) - saved * (row_tokens == 0)
         assert sorted(where) == list(range(10))
         # sums of up to 60 fp32 log-probabilities of about 7 each: 1e-6 an addend, fp32 spacing of
         # the sum 3e-5
