@@ -282,7 +282,7 @@ def parser():
                    "samples of --a are paired two by two")
     s.add_argument("--out", required=True, help="file to write")
     s.add_argument("--batch-size", type=positive, default=256, help="pairs appended together")
-    s.add_argument("--row-tokens", type=positive, default=2048, help="tokens per packed row")
+    s.add_argument("--row-tokens", type=positive, default=2048, help="as in training")
     s.add_argument("--micro-tokens", type=positive, default=16384, help="tokens per forward pass")
     s.add_argument("--chat-template", action="store_true",
                    help="prompts in the judge's own chat format, as it was trained")

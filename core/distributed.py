@@ -130,11 +130,10 @@ def first(function):
     return said[0]
 
 
-def deal(items, work, idle=None):
+def deal(items, work):
     """Yield work(item) of each item, in order, to all processes. Results must be picklable.
 
-    Of W processes, each works on every W-th item. If `work` itself needs all processes, `idle` is
-    the item for those that have none left.
+    Of W processes, each works on every W-th item.
     """
     if world() == 1:
         yield from map(work, items)
@@ -142,9 +141,8 @@ def deal(items, work, idle=None):
     import torch.distributed as dist
     for start in range(0, len(items), world()):
         own = start + rank()
-        item = items[own] if own < len(items) else idle
         results = [None] * world()
-        dist.all_gather_object(results, None if item is None else work(item))
+        dist.all_gather_object(results, work(items[own]) if own < len(items) else None)
         yield from results[:len(items) - start]
 
 

@@ -62,7 +62,8 @@ def check_memory(model, optimizers, args, device, labelled):
     least = activations(max(args.micro_tokens, row), row)
     ways = [(checkpoint, needs._replace(activations=least).total())]     # (flags, bytes with them)
     for n in (2048, 1024, 512):
-        flags = f"{checkpoint} --row-tokens {min(n, row)} --micro-tokens {n}"
+        rows = f" --row-tokens {n}" if row > n else ""
+        flags = f"{checkpoint}{rows} --micro-tokens {n}"
         smaller = needs._replace(activations=activations(n, min(n, row)))
         ways.append((flags, smaller.total()))
     if hasattr(args, "lora_rank"):

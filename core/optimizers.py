@@ -17,14 +17,13 @@ def cosine_lr(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
-def orthogonal(matrix):
+def orthogonal(matrix, dtype):
     """A matrix (m, n) with its singular values moved to about 1: 0.7 to 1.2, the small ones less.
 
-    Five steps of Newton-Schulz with the coefficients of Muon (Jordan et al. 2024,
-    github.com/KellerJordan/Muon). In bf16 on CUDA and in fp32 on a CPU: without bf16 units, which
-    most have not, bf16 products take several times as long.
+    Five steps of Newton-Schulz, computed in `dtype`, with the coefficients of Muon (Jordan et al.
+    2024, github.com/KellerJordan/Muon).
     """
-    x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=1e-7)
@@ -38,7 +37,8 @@ def make_muon(params, lr):
     """Muon for matrices, without weight decay: Nesterov momentum 0.95, then `orthogonal`.
 
     The root mean square of an update is 0.2 lr, about that of AdamW (arXiv 2502.16982, equation 4).
-    torch.optim.Muon, whose step this is, computes in bf16 on every device.
+    torch.optim.Muon, whose step this is, computes in bf16 on every device; here a CPU computes in
+    fp32, because most have no bf16 units and take several times as long without them.
     """
     import torch
 
@@ -53,7 +53,8 @@ def make_muon(params, lr):
                     if not state:
                         state["momentum_buffer"] = torch.zeros_like(p.grad)
                     momentum = state["momentum_buffer"].lerp_(p.grad, 1 - 0.95)
-                    update = orthogonal(p.grad.lerp(momentum, 0.95))
+                    dtype = torch.bfloat16 if p.is_cuda else torch.float32
+                    update = orthogonal(p.grad.lerp(momentum, 0.95), dtype)
                     p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
     return Muon(params, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 

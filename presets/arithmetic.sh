@@ -23,10 +23,10 @@ JUDGE_WRONG=${JUDGE_WRONG:-4}
 JUDGE_ACCURACY=${JUDGE_ACCURACY:-0.8}
 DPO_LR=${DPO_LR:-1e-5}
 DPO_FLAGS=${DPO_FLAGS-}
-PACKING=${PACKING:---row-tokens 128 --micro-tokens 2048}
+PACKING=${PACKING:---micro-tokens 4096}
 JUDGE_PACKING=${JUDGE_PACKING:---micro-tokens 1024}
 DECODING=${DECODING:---max-new-tokens 56 --batch-size 128}
-SCORING=${SCORING:---row-tokens 256 --micro-tokens 4096}
+SCORING=${SCORING:---micro-tokens 4096}
 STATE_EVERY=${STATE_EVERY:-10}
 PRETRAINING="${PRETRAINING:---optimizer muon --lr 0.01 --epochs 1 --batch-size 16 --warmup 0.02 \
---prompt-weight 0.1 --row-tokens 128 --micro-tokens 2048}"
+--prompt-weight 0.1 --micro-tokens 4096}"

@@ -77,10 +77,10 @@ DPO_NLL=${DPO_NLL:-0}             # weight of the chosen answers' likelihood in 
 DPO_FLAGS=${DPO_FLAGS---optimizer rmsprop8bit}    # further flags of dpo.py
 
 # The machine
-PACKING=${PACKING:---row-tokens 2048 --micro-tokens 4096 --gradient-checkpointing}  # of trainers
+PACKING=${PACKING:---micro-tokens 4096 --gradient-checkpointing}    # of trainers
 JUDGE_PACKING=${JUDGE_PACKING:-}          # of the judge's training, after PACKING
 DECODING=${DECODING:---max-new-tokens 256 --batch-size 256}         # of generate.py
-SCORING=${SCORING:---row-tokens 2048 --micro-tokens 16384}          # of compare.py score
+SCORING=${SCORING:---micro-tokens 16384}  # of compare.py score
 STATE_EVERY=${STATE_EVERY:-900}   # seconds between a training's resumable states
 if command -v nvidia-smi >/dev/null; then LANES=1; else LANES=4; fi
 JOBS=${JOBS:-$LANES}              # model stages side by side: 1 on one GPU, 4 on a CPU
