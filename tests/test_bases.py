@@ -25,7 +25,7 @@ def test_the_default_run_uses_the_shipped_pair():
     assert refused.returncode == 2 and "nothing is to be made" in refused.stderr
 
 
-@pytest.mark.parametrize("base, weights", [("strong", 407_616), ("weak", 148_272)])
+@pytest.mark.parametrize("base, weights", [("strong", 400_032), ("weak", 144_816)])
 def test_the_shipped_models_are_small_ordinary_folders(base, weights):
     folder = PAIR / base
     assert {p.name for p in folder.iterdir()} == {
