@@ -19,7 +19,8 @@ def wilson(mean, n):
     z = 1.959964
     center = (mean + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, center - half), min(1.0, center + half)
+    # at 0 and at 1 the mean is a border, which rounding would move past it
+    return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))
 
 
 def mean_interval(values):

@@ -34,6 +34,14 @@ def test_wilson(successes, n, low, high):
     assert other == pytest.approx((1 - high, 1 - low), abs=5.1e-5)
 
 
+def test_wilson_holds_its_mean():
+    """None or all right: an error bar must not have a length below 0."""
+    for n in range(1, 3000):
+        for mean in (0.0, 1.0):
+            low, high = statistics.wilson(mean, n)
+            assert 0 <= low <= mean <= high <= 1
+
+
 def test_t_quantiles():
     """The table against the density itself, integrated by Simpson's rule: P(0 < T < q) = 0.475."""
     for df, q in enumerate(statistics.T975, 1):
