@@ -1,9 +1,18 @@
 """bases/: the shipped pair is the one of the recipe, in 16 bits; other recipes make their own."""
 import pytest
 import torch
+from conftest import preferences, run
 from kill_test import ROOT, TINY, call
 from test_stages import house_in
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import compare
+import dpo
+import generate
+import sft
+from core.records import write_jsonl
 
 PAIR, = (ROOT / "bases").glob("arithmetic-*/seed_0")
 
@@ -85,3 +94,43 @@ def test_bases_is_a_command(tmp_path):
         found.append([(folder / f"{base}/model.safetensors").read_bytes()
                       for base in ("weak", "strong")])
     assert found[0] == found[1] and found[1][0] != found[2][0] and found[1][1] != found[2][1]
+
+
+# ---------------------------------------------------------------- what the default run computes in
+class Narrow(TorchDispatchMode):
+    """Collects the operations that compute with floating-point numbers of less than 32 bits."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.count = set(), 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out, name = op(*args, **(kwargs or {})), op._overloadpacket.__name__
+        self.count += 1
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if name not in ("_to_copy", "detach", "copy_") and any(
+                x.is_floating_point() and x.dtype.itemsize < 4 for x in tensors):
+            self.names.add(name)
+        return out
+
+
+def test_nothing_is_computed_in_16_bits_on_a_cpu(problems, tmp_path):
+    """Most CPUs emulate bf16. The shipped models are read from 16 bits, and that is all."""
+    right, wrong = tmp_path / "right.jsonl", tmp_path / "wrong.jsonl"
+    write_jsonl(right, problems[:20])
+    write_jsonl(wrong, [{**p, "completion": f"#### {int(p['reference']) + 1}"}
+                        for p in problems[:20]])
+    write_jsonl(tmp_path / "pairs.jsonl", preferences(problems[:4]))
+    strong, answers = PAIR / "strong", ["--data", right, "--max-new-tokens", 3]
+    with Narrow() as narrow:
+        run(sft, "--model", strong, "--data", right, "--optimizer", "muon", "--out", tmp_path / "m")
+        run(dpo, "--model", tmp_path / "m", "--data", tmp_path / "pairs.jsonl", "--out",
+            tmp_path / "d")
+        run(generate, "--model", strong, *answers, "--out", tmp_path / "greedy.jsonl")
+        run(generate, "--model", strong, *answers, "--temperature", 1, "--out",
+            tmp_path / "sampled.jsonl")
+        run(compare, "train", "--model", PAIR / "weak", "--task", "arithmetic", "--data", wrong,
+            "--gold", right, "--optimizer", "muon", "--epochs", 1, "--out", tmp_path / "j")
+        run(compare, "score", "--judge", tmp_path / "j", "--task", "arithmetic", "--a", right,
+            "--b", wrong, "--out", tmp_path / "c.jsonl")
+    assert narrow.count > 10_000 and narrow.names == set()
