@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PAIR = min((ROOT / "bases").glob("arithmetic-*/seed_0"))     # the shipped base models
 # The smallest run whose models learn to write `#### N`, and one whose stages last long enough
 # to be cut in two.
 TINY = dict(TRAIN=100, GT=40, TEST=16, PRETRAIN=300, PRETRAIN_WEAK=200, ROUNDS=1, WEAK_EPOCHS=60,

@@ -2,7 +2,7 @@
 import pytest
 import torch
 from conftest import preferences, run
-from kill_test import ROOT, TINY, call
+from kill_test import PAIR, ROOT, TINY, call
 from test_stages import house_in
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -13,8 +13,6 @@ import dpo
 import generate
 import sft
 from core.records import write_jsonl
-
-PAIR, = (ROOT / "bases").glob("arithmetic-*/seed_0")
 
 
 def stages(*words, **settings):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 from conftest import ROOT, rows, run
-from kill_test import call, finished_run
+from kill_test import PAIR, call
 
 import compare
 import evaluate
@@ -217,7 +217,7 @@ def test_every_real_prompt_fits_its_token_limit():
 @pytest.mark.skipif(not (SHARED / "bird/test.jsonl").exists(), reason="needs the BIRD problems")
 @pytest.mark.slow
 def test_the_chain_on_64_real_problems(tmp_path):
-    """Every stage of `run_ilr.sh bird` with the tiny base models of another test.
+    """Every stage of `run_ilr.sh bird` with the shipped base models.
 
     BIRD's own databases are not here: these are made of the problems' schemas, three rows a table.
     """
@@ -245,11 +245,10 @@ def test_the_chain_on_64_real_problems(tmp_path):
             break
     write_jsonl(tmp_path / "in/train.jsonl", problems[8:])
     write_jsonl(tmp_path / "in/test.jsonl", problems[:8])
-    base, = (finished_run()[1]).iterdir()
     done = call(tmp_path / "run", tmp_path / "bases", "bird", DATA_DIR=tmp_path / "in",
                 ILR_BIRD_DATABASES=tmp_path / "dbs", GT=32, ROUNDS=1, JOBS=2, LORA_RANK=4,
-                LOAD_IN_4BIT=0, CHECKPOINTS="50", WEAK_MODEL=base / "weak",
-                STRONG_MODEL=base / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
+                LOAD_IN_4BIT=0, CHECKPOINTS="50", WEAK_MODEL=PAIR / "weak",
+                STRONG_MODEL=PAIR / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
                 DECODING="--max-new-tokens 24", WEAK_EPOCHS=1, SFT_EPOCHS=1, JUDGE_EPOCHS=1,
                 DPO_EPOCHS=1, DPO_SAMPLES=2)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import ROOT, rows, run
-from kill_test import call, finished_run
+from kill_test import PAIR, call
 
 from core.records import InputError, write_jsonl
 from tasks import gsm8k
@@ -119,12 +119,11 @@ def test_real_gold_answers_are_right_and_their_neighbours_wrong(tmp_path):
 @real
 @pytest.mark.slow
 def test_the_chain_on_64_real_problems(tmp_path):
-    """SFT, judge and ILR of `run_ilr.sh gsm8k`, beams included, with the tiny base models of
-    another test. Their samples never reach `####`, without which DPO trains on nothing."""
-    base, = (finished_run()[1]).iterdir()
+    """SFT, judge and ILR of `run_ilr.sh gsm8k`, beams included, with the shipped base
+    models. Their samples never reach `####`, without which DPO trains on nothing."""
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=DATA, TRAIN=64, GT=32,
-                TEST=8, ROUNDS=1, METHODS="ilr", LORA_RANK=0, WEAK_MODEL=base / "weak",
-                STRONG_MODEL=base / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=60,
+                TEST=8, ROUNDS=1, METHODS="ilr", LORA_RANK=0, WEAK_MODEL=PAIR / "weak",
+                STRONG_MODEL=PAIR / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=60,
                 PACKING="--row-tokens 512 --micro-tokens 2048",
                 WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=8, SFT_BATCH=8, JUDGE_LR="1e-3",
                 JUDGE_EPOCHS=1)

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 from conftest import ROOT, Interrupted, interrupt_after, rows, run
-from kill_test import call, finished_run
+from kill_test import PAIR, call
 
 import compare
 import core.endpoint
@@ -631,9 +631,8 @@ def test_files_of_the_real_problems(server, tmp_path, monkeypatch):
 @real
 @pytest.mark.slow
 def test_the_chain_on_64_real_problems(server, tmp_path):
-    """Every stage of `run_ilr.sh saferpaca`, with the tiny base models of another test, graded by
-    a server of this one."""
-    base, = (finished_run()[1]).iterdir()
+    """Every stage of `run_ilr.sh saferpaca`, with the shipped base models, graded by a server of
+    this one."""
     short = [r for r in map(json.loads, (DATA / "test.jsonl").read_text().splitlines())
              if len(r["answer"]) < 300]
     general, safety = ([r for r in short if r["category"] == c] for c in saferpaca.CATEGORIES)
@@ -641,9 +640,9 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     write_jsonl(tmp_path / "in/train.jsonl", general[:32] + safety[:32])
     write_jsonl(tmp_path / "in/test.jsonl", general[32:36] + safety[32:36])
     done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in",
-                ROUNDS=1, JOBS=2, LORA_RANK=0, CHECKPOINTS="50", WEAK_MODEL=base / "weak",
-                STRONG_MODEL=base / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
-                DECODING="--max-new-tokens 40", EMBEDDER=base / "strong", WEAK_LR="3e-3",
+                ROUNDS=1, JOBS=2, LORA_RANK=0, CHECKPOINTS="50", WEAK_MODEL=PAIR / "weak",
+                STRONG_MODEL=PAIR / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
+                DECODING="--max-new-tokens 40", EMBEDDER=PAIR / "strong", WEAK_LR="3e-3",
                 WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=10, SFT_BATCH=8,
                 JUDGE_LR="1e-3", JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1,
                 ILR_JUDGE_URL=server.url, ILR_JUDGE_MODEL="m", ILR_CACHE=tmp_path / "cache",
