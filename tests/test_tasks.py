@@ -39,9 +39,9 @@ def test_splits_are_disjoint_and_deterministic(tmp_path):
 
 @pytest.mark.parametrize("name", ["strong", "weak"])
 def test_corpora_give_the_skill_and_not_the_format(name):
-    corpus = arithmetic.make_corpus(name, 120)
+    corpus = arithmetic.make_corpus(name, 120, 0)
     assert len(corpus) == len({r["id"] for r in corpus}) == 140
-    assert corpus == arithmetic.make_corpus(name, 120)
+    assert corpus == arithmetic.make_corpus(name, 120, 0)
     answers = {f"solved-{i}": p[2] for i, p in enumerate(arithmetic.problems("pretrain", 120, 0))}
     for r in corpus:
         calculations = re.findall(r"(\d+[-+*/]\d+)=(\d+)", r["completion"])
