@@ -75,7 +75,7 @@ def test_after_is_less(mistral):
     pair = [([1] * 400, [0.0] * 200 + [1.0] * 200)] * 2
     before, after = (card.train(mistral, pair * 2, 2, way) for way in ("before", "after"))
     # the last token of a prompt predicts, so each has its own
-    assert (before["tokens"], after["tokens"]) == (1600, 1202)
+    assert (before["tokens"], after["tokens"]) == (1600, 1216)     # 1,202, filled up by 32
     assert after[ATTENTION] < before[ATTENTION] / 4 and after[MATRIX] < 0.8 * before[MATRIX]
     assert after["kernels"] < 1.1 * before["kernels"]
     assert card.decode(mistral, 4, 2, "after", 3)[OTHER] < card.decode(
