@@ -25,6 +25,7 @@ from core.judge import held_out_error
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
+from core.packing import beginning
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
 from core.probe import probe
 from core.records import InputError, read_jsonl
@@ -227,7 +228,8 @@ def main(args):
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
     tokens_of = [sum(len(ids) for ids, _ in pair) for pair in pairs]
     labelled = sum(sum(w) for pair in pairs for _, w in pair)
-    check_memory(model, optimizers, args, device, labelled / sum(tokens_of))
+    twice = 0 if args.row_tokens else sum(map(beginning, pairs))     # what a row has once
+    check_memory(model, optimizers, args, device, labelled / (sum(tokens_of) - twice))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)

@@ -7,6 +7,7 @@ signals of its own. Where that is not safe (`can_fork`), and for stages without 
 interpreter starts.
 """
 import atexit
+import contextlib
 import functools
 import gc
 import importlib
@@ -171,6 +172,8 @@ def can_fork():
     """
     if sys.platform != "linux" or os.environ["NPROC"] != "1":
         return False
+    if "torch" in sys.modules:      # a stage imports it at its top, and may have started threads
+        return False
     gc.disable()        # what is imported stays anyway
     try:
         import torch
@@ -199,7 +202,7 @@ def fork(words, nice, variables, files, name):
         try:
             code = exit_code(lambda: become(words, nice, variables, files, name, before))
         finally:
-            os._exit(code)
+            os._exit(code & 255)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
 
@@ -215,7 +218,8 @@ def become(words, nice, variables, files, name, mask):
         os.dup2(file, fd)
     sys.stdout.reconfigure(line_buffering=True)
     os.nice(nice)
-    Path("/proc/self/comm").write_text(short(name))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/comm").write_text(short(name))
     os.environ.update(variables)
     for module in list(filter(rereads, sys.modules)):
         del sys.modules[module]

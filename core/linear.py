@@ -36,6 +36,7 @@ def onednn_linear():
             return product(x, weight, bias)
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx, gradient):
             x, weight = ctx.saved_tensors
             of_x, of_weight, of_bias = ctx.needs_input_grad
@@ -46,7 +47,8 @@ def onednn_linear():
 
     class OneDNNLinear(torch.nn.Linear):
         def forward(self, x):
-            if x.dtype == self.weight.dtype == torch.float32 and x.is_cpu and x.numel():
+            if (x.dtype == self.weight.dtype == torch.float32 and x.is_cpu and x.numel()
+                    and x.dim() > 1):
                 return Product.apply(x, self.weight, self.bias)
             return linear(x, self.weight, self.bias)
     return OneDNNLinear

@@ -11,7 +11,7 @@ MULTIPLE = 32
 
 
 def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None, group=1):
-    """Sequences -> micro-batches of up to `micro_tokens` tokens, padding included, longest first.
+    """Sequences -> micro-batches of up to `micro_tokens` tokens, longest first.
 
     sequences: list of (token ids, loss weight of each token as a target; the first is ignored).
     group: so many following sequences are never divided; a larger group may exceed micro_tokens.
@@ -177,6 +177,7 @@ def target_logps_function():
             return logps.gather(1, targets[:, None])[:, 0]
 
         @staticmethod
+        @torch.autograd.function.once_differentiable
         def backward(ctx, gradient):
             logps, targets = ctx.saved_tensors
             gradient = gradient[:, None]

@@ -104,10 +104,18 @@ def probe(model, sequences, args, device, ours=completion_logps):
     another = dict(zip(kinds, kinds[1:] + kinds[:1], strict=True))
     changed = [tried[0][:alike] + [another[i] for i in tried[0][alike:]], *tried[1:]]
 
-    def ask(sequences, row_tokens):
+    # what depends on a length shows at the ends of whole records: a long, a middle, a short one
+    whole = sorted((s[0] for s in sequences), key=len)
+    extremes = [whole[-1], whole[len(whole) // 2], whole[0]]
+
+    def ask(sequences, row_tokens, last=None):
+        """Log-probabilities of each sequence's last tokens, or of all from `alike` on."""
         found = [torch.zeros(0)] * len(sequences)
-        weighted = [(ids, [0.0] * alike + [1.0] * (len(ids) - alike)) for ids in sequences]
-        for batch in pack(weighted, row_tokens, 1024, device, None, 2):
+        starts = [max(1, len(ids) - last) if last else alike for ids in sequences]
+        weighted = [(ids, [0.0] * start + [1.0] * (len(ids) - start))
+                    for ids, start in zip(sequences, starts, strict=True)]
+        room = max(1024, sum(map(len, sequences)))
+        for batch in pack(weighted, row_tokens, room, device, None, 2):
             logps, _, owner = ours(model, batch)
             for i in set(owner.tolist()):
                 found[i] = logps[owner == i].flatten().float().cpu()
@@ -137,6 +145,8 @@ def probe(model, sequences, args, device, ours=completion_logps):
                 raise InputError(f"{name}: {what} it computes something else: {got:.4f} instead of "
                                  f"{wanted:.4f} nats a token, each off by "
                                  f"{gap(found, expected):.1g}")
+        with refusal(f"{name}: it cannot read a row of {len(extremes[0])} tokens"):
+            ends = [ask([ids], 1, TOKENS[0])[0] for ids in extremes]
         for row_tokens in dict.fromkeys((0, args.row_tokens or 1, 1)):
             if row_tokens == 0 and not separate(model):
                 continue
@@ -145,6 +155,11 @@ def probe(model, sequences, args, device, ours=completion_logps):
                     # at least: some other one comes behind the first
                     width = row_tokens and len(tried[0]) + len(tried[-1])
                     refuse_cross_talk(ask, tried, changed, width, training, slack, noise)
+                with refusal("it cannot read whole records beside each other"):
+                    far = gap(ask(extremes, row_tokens, TOKENS[0]), ends)
+                if far > slack:
+                    raise InputError("whole records beside each other change each other, by "
+                                     f"{far:.1g} nats a token")
                 full = row_tokens or args.micro_tokens
                 longest = sorted((ids for ids, _ in sequences), key=len, reverse=True)[:full]
                 weighted = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in longest]

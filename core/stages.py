@@ -250,7 +250,6 @@ def execute(stages):
     for number in STOPS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
             signal.signal(number, lambda *_: interrupted.append(True))
-    set_environment()
     try:
         run.start()
         while run.advance() and not interrupted:
@@ -278,6 +277,7 @@ def execute(stages):
 
 
 def main(action, card=""):
+    set_environment()       # before the plan imports the stages: an edited one may import torch
     try:
         source = os.environ["FROM"]
         if source and not there(Path(source) / "stages.jsonl"):

@@ -28,7 +28,8 @@ base_models() { # $weak and $strong where no model is given: a pair of $BASES, m
       --dtype bfloat16
   done
   if [ "$ONLY_BASES" ]; then
-    [ "$missing" ] || die "--bases: ${bases:-$weak and $strong}: nothing is to be made"
+    [ "$bases" ] || die "--bases: $PRESET has none of its own"
+    [ "$missing" ] || { echo "$bases: complete"; exit; }
     run_plan "$bases"
   fi
 }

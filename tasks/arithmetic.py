@@ -1,7 +1,7 @@
 """Word problems in several steps, from a seeded generator: the default task, for two CPU cores.
 
     python tasks/arithmetic.py --out data --seed 0      # train, gt, unlab, validation, test .jsonl
-    python tasks/arithmetic.py --out base --pretrain 30000 13000    # what the base models are
+    python tasks/arithmetic.py --out base --pretrain 26000 16000    # what the base models are
                                                         # made of: corpora, tokenizer, configs
 
 A problem tells in 2 to 5 steps how a number changes. A completion has one calculation per line and

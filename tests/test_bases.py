@@ -28,8 +28,10 @@ def test_the_default_run_uses_the_shipped_pair():
     told = call("runs/x", "bases", "--dry-run").stdout
     for base in ("weak", "strong"):
         assert f"--model {PAIR.relative_to(ROOT)}/{base} " in told
-    refused = call("runs/x", "bases", "--bases")
-    assert refused.returncode == 2 and "nothing is to be made" in refused.stderr
+    made = call("runs/x", "bases", "--bases")
+    assert (made.returncode, made.stdout) == (0, f"{PAIR.relative_to(ROOT)}: complete\n")
+    refused = call("runs/x", "bases", "gsm8k", "--bases")
+    assert refused.returncode == 2 and "--bases: gsm8k has none of its own" in refused.stderr
 
 
 @pytest.mark.parametrize("base, weights", [("strong", 400_032), ("weak", 144_816)])

@@ -191,3 +191,12 @@ def test_a_copy_that_outlives_the_run_keeps_its_folder(endless):
     wait_for(lambda: processes(run.pid) == [])
     (house / "endless.py").write_text(SLOW.replace("time.sleep(120)", "pass"))
     assert "in use" not in call(house).stderr
+
+
+def test_a_stage_that_imports_torch_at_its_top_gets_a_new_interpreter():
+    """The runner has then imported it, and OpenMP's threads, if any ran, do not survive a fork."""
+    code = ("import torch; torch.randn(400000).exp().sum(); from core import jobs; "
+            "print(jobs.can_fork())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True,
+                          env={**os.environ, "NPROC": "1"})
+    assert done.stdout == "False\n", done.stderr

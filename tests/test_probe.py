@@ -387,3 +387,40 @@ def test_a_model_without_a_score_is_no_judge(tokenizer):
     model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **LLAMA))
     with pytest.raises(InputError, match="a judge needs a model whose classifier"):
         judge.set_padding(model, tokenizer)
+
+
+@pytest.mark.parametrize("family, more, refused", [
+    ("llama4_text", dict(attention_chunk_size=64, num_local_experts=2, intermediate_size_mlp=48,
+                         head_dim=8, no_rope_layers=[1, 0]), False),
+    ("doge", dict(keep_window_size=64, sliding_window=64), False),
+    ("doge", dict(keep_window_size=64), True),
+    ("llama", dict(max_position_embeddings=64,
+                   rope_scaling={"rope_type": "dynamic", "factor": 4.0}), True)])
+def test_what_depends_on_the_length_of_a_record_is_seen(family, more, refused):
+    """A mask that changes beyond 64 tokens: its own is taken. What changes for all records of a
+    batch if one is longer (positions that are stretched, a number of keys): no way is right."""
+    config = AutoConfig.for_model(
+        family, vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, initializer_range=0.3,
+        **more)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    own = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(1)
+    sequences = [(torch.randint(3, 60, (n,), generator=generator).tolist(),
+                  [0.0] * 20 + [1.0] * (n - 20)) for n in (40, 200, 150, 90)]
+    args = SimpleNamespace(row_tokens=2048, micro_tokens=4096)
+    if refused:
+        with pytest.raises(InputError, match="change each other"):
+            probe(model, sequences, args, torch.device("cpu"))
+        return
+    probe(model, sequences, args, torch.device("cpu"))
+    with torch.no_grad():
+        for batch in pack(sequences, args.row_tokens, 4096):
+            logps, _, owner = completion_logps(model, batch)
+            for i in set(owner.tolist()):
+                ids = torch.tensor([sequences[i][0]])
+                expected = own(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+                expected = expected[19:-1].gather(1, ids[0, 20:, None])[:, 0]
+                # fp32 sums in another order
+                assert (logps[owner == i] - expected).abs().max() < 1e-4
