@@ -25,7 +25,7 @@ from core.judge import held_out_error
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
-from core.packing import beginning
+from core.packing import labelled_share
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
 from core.probe import probe
 from core.records import InputError, read_jsonl
@@ -152,16 +152,16 @@ def noise_rate(args):
 
 
 # ---------------------------------------------------------------- the stage
-def open_for_training(path, args, device, tokenizer, pairs):
-    """--model or --reference. As it starts the policy can be both: new adapters are 0, and the
-    reference of those that are trained on is where they stood."""
+def open_for_training(path, args, device, tokenizer, sides):
+    """--model or --reference, tried on `sides`, the sequences of all pairs. A policy that has not
+    been trained yet is its own reference: new adapters are 0, others have not moved."""
     model = open_model(path, device, load_in_4bit=args.load_in_4bit, shards=True,
                        dtype=pick_dtype(args.dtype, device), trains=what_trains(args))
     if args.lora_rank and path == args.model:
         add_lora(model, args.lora_rank)
     shard(model, device)
     set_stops(model, tokenizer)
-    probe(model, [side for pair in pairs for side in pair], args, device)
+    probe(model, sides, args, device)
     return model
 
 
@@ -208,12 +208,13 @@ def main(args):
     device = pick_device(args.device)
     tokenizer = open_tokenizer(args.model, args.chat_template)
     pairs = encode_pairs(args, tokenizer, records)
+    sides = [side for pair in pairs for side in pair]
     if noise:
         print(f"noise rate: {noise:.3g}" + (f" ({args.judge})" if args.noise is None else ""))
     # (N, 2): completion tokens of chosen and rejected; their log-probabilities under the reference
     lengths = torch.tensor([[sum(weights[1:]) for _, weights in pair] for pair in pairs],
                            device=device)
-    model = open_for_training(args.reference or args.model, args, device, tokenizer, pairs)
+    model = open_for_training(args.reference or args.model, args, device, tokenizer, sides)
     if loss.reference:
         reference = reference_logps(model, pairs, args, device, folder / "reference.jsonl")
         reference = reference.to(device)
@@ -221,15 +222,13 @@ def main(args):
         reference = torch.zeros_like(lengths)
     if args.reference:
         del model
-        model = open_for_training(args.model, args, device, tokenizer, pairs)
+        model = open_for_training(args.model, args, device, tokenizer, sides)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     model.train()
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
+    check_memory(model, optimizers, args, device, labelled_share(sides, args.row_tokens, 2))
     tokens_of = [sum(len(ids) for ids, _ in pair) for pair in pairs]
-    labelled = sum(sum(w) for pair in pairs for _, w in pair)
-    twice = 0 if args.row_tokens else sum(map(beginning, pairs))     # what a row has once
-    check_memory(model, optimizers, args, device, labelled / (sum(tokens_of) - twice))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)

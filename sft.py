@@ -26,7 +26,7 @@ from core.distributed import home, shard, summed, world
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
-from core.packing import completion_logps, pack
+from core.packing import completion_logps, labelled_share, pack
 from core.precision import exact_in
 from core.probe import probe
 from core.records import InputError, half_of, read_jsonl
@@ -127,8 +127,7 @@ def main(args):
     set_stops(model, tokenizer)
     probe(model, sequences, args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
-    labelled = sum(sum(w > 0 for w in weights) for _, weights in sequences)
-    check_memory(model, optimizers, args, device, labelled / sum(len(s[0]) for s in sequences))
+    check_memory(model, optimizers, args, device, labelled_share(sequences, args.row_tokens))
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)

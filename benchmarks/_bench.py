@@ -99,15 +99,6 @@ def make_model(folder, size, seed=0):
     return sum(p.numel() for p in model.parameters())
 
 
-def padded(prompts, pad):
-    """Token ids and attention mask of left-padded prompts: two int64 tensors (B, longest)."""
-    import torch
-    width = max(map(len, prompts))
-    ids = [[pad] * (width - len(p)) + p for p in prompts]
-    mask = [[0] * (width - len(p)) + [1] * len(p) for p in prompts]
-    return torch.tensor(ids), torch.tensor(mask)
-
-
 # ---------------------------------------------------------------- running
 def add_flags(parser, real=False):
     """real: whether it can also run SmolLM2-135M, by `model_folder`."""

@@ -4,8 +4,6 @@ import json
 import math
 from pathlib import Path
 
-from _bench import padded
-
 
 def rows(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -144,11 +142,13 @@ class Plain:
         """
         import torch
         from transformers import LogitsProcessorList
+
+        from core.decoding import padded
         records, model = rows(self.run / path), self.open(self.run / folder)
         same, parted = 0, []
         for start in range(0, len(records), 16):
             part = records[start:start + 16]
-            ids, mask = padded([self.prompt(r) for r in part], self.eos)
+            ids, mask = padded([self.prompt(r) for r in part], "cpu")
             chooser = Chooser(ids.shape[1], part, self.new, temperature, seed)
             with torch.inference_mode():
                 found = model.generate(

@@ -27,7 +27,6 @@ from _bench import (
     make_model,
     memory_rate,
     operations,
-    padded,
     problems,
     report,
     run_main,
@@ -93,9 +92,10 @@ class Sides:
         return out
 
     def generate(self, how):
+        from core.decoding import padded
         out = {}
         for batch in self.batches(how):
-            ids, mask = padded([self.prompts[i] for i, _ in batch], self.eos)
+            ids, mask = padded([self.prompts[i] for i, _ in batch], "cpu")
             found = self.model.generate(input_ids=ids, attention_mask=mask,
                                         generation_config=self.config(how, top_k=0))
             texts = self.stripped(found[:, ids.shape[1]:].tolist())

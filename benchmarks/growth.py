@@ -30,7 +30,6 @@ from _bench import (
     make_model,
     matrix_rate,
     operations,
-    padded,
     preferences,
     problems,
     save,
@@ -180,7 +179,7 @@ def of_samples(args):
     import torch
     from transformers import GenerationConfig
 
-    from core.decoding import decode
+    from core.decoding import decode, padded
     from core.tokens import encode_prompt
     curves = {"generate.py": [], "transformers generate": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -188,7 +187,7 @@ def of_samples(args):
         tokenizer, model = opened(folder)
     model.eval()
     prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 16)]
-    ids, mask = padded(prompts, 0)
+    ids, mask = padded(prompts, "cpu")
 
     def ours(batch, uniforms):
         return decode(model, batch, [-1], 64, 0.7, uniforms)

@@ -10,10 +10,11 @@ NAME = "by_sequence"        # in transformers' table of attention functions
 
 
 def separate(model):
-    """Let the model's attention keep sequences apart by `attend`, if it takes other functions.
+    """Make `attend` the attention of a model, if the model allows another attention function.
 
-    Returns whether it does now. Only models that use `sdpa`: others add to attention what
-    `attend` does not know. All forward passes of the model then need `units`: `join` ends it.
+    Returns whether the model uses `attend` now. It replaces `sdpa` only: models with another
+    attention add what `attend` does not know. From then on every forward pass of the model needs
+    `units`; `join` undoes it.
     """
     from transformers import AttentionInterface
     AttentionInterface.register(NAME, attend)
@@ -42,9 +43,11 @@ def attend(module, query, key, value, attention_mask, units=None, scaling=None, 
     Raises ValueError for what it cannot do; `core.probe` then takes another way.
     """
     import torch
-    if units is None or len(query) > 1 or softcap is not None or position_bias is not None:
-        raise ValueError("attention by sequences knows only rows of units, without softcap or bias")
-    if (query.is_cuda and query.dtype != torch.float32 and not dropout
+    if (units is None or len(query) > 1 or dropout or softcap is not None
+            or position_bias is not None):
+        raise ValueError("attention by sequences knows only rows of units, without dropout, "
+                         "softcap or bias")
+    if (query.is_cuda and query.dtype != torch.float32
             and torch.backends.cuda.is_flash_attention_available()):
         return varlen(query, key, value, units, scaling, sliding_window), None
     # the first rest stands behind the beginning, so both are one sequence already
@@ -53,15 +56,15 @@ def attend(module, query, key, value, attention_mask, units=None, scaling=None, 
     found = []
     for shared, _, *others in units:
         q, k, v = next(pieces)
-        found.append(causal(q, k, v, scaling, dropout, sliding_window))
+        found.append(causal(q, k, v, scaling, sliding_window))
         for _ in others:
             own_q, *own = next(pieces)
             k_v = (torch.cat([x[:, :, :shared], y], 2) for x, y in zip((k, v), own, strict=True))
-            found.append(causal(own_q, *k_v, scaling, dropout, sliding_window))
+            found.append(causal(own_q, *k_v, scaling, sliding_window))
     return torch.cat(found, 1), None
 
 
-def causal(q, k, v, scaling, dropout, window):
+def causal(q, k, v, scaling, window):
     """Attention of one sequence, (1, length of q, heads, size). q: of its last tokens, or all."""
     import torch
     mask, n, total = None, q.shape[2], k.shape[2]
@@ -71,7 +74,7 @@ def causal(q, k, v, scaling, dropout, window):
                 - torch.arange(total, device=q.device))
         mask = (ages >= 0) & (ages < window)
     return torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling,
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling,
         enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 

@@ -58,7 +58,7 @@ class Job:
         command = [*launcher(stage), *words]
         if stage.outs:
             run.log(f"$ {shlex.join(command)}\n")
-        nice = 10 if stage.depth <= 2 else 0        # a training that only its test answers await
+        nice = 10 if stage.depth <= 2 else 0    # only its own test answers wait for this training
         self.out, self.err, self.shown = tempfile.TemporaryFile(), tempfile.TemporaryFile(), 0
         files, variables = {1: self.out.fileno(), 2: self.err.fileno()}, {}
         if run.on_terminal:
@@ -79,7 +79,7 @@ class Job:
                 self.code = os.waitstatus_to_exitcode(status)
                 self.cost = {"seconds": round(time.monotonic() - self.began, 1),
                              "cpu_seconds": round(used.ru_utime + used.ru_stime, 2)}
-                if self.stage.needs_model:      # a smaller program's peak begins with the runner's
+                if self.stage.needs_model:      # else Linux reports the runner's own peak
                     unit = 1 if sys.platform == "darwin" else 1024
                     self.cost["peak_gb"] = round(used.ru_maxrss * unit / 1e9, 3)
         return self.code
@@ -194,7 +194,7 @@ def fork(words, nice, variables, files, name):
     name: what `ps` and `top` call it; the others as `spawn`.
     """
     sys.stdout.flush()      # else the copy writes it too
-    # a signal that comes before the copy has handlers of its own waits
+    # signals are held back until the copy has its own handlers
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     pid = os.fork()
     if pid == 0:

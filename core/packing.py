@@ -5,8 +5,8 @@ import os
 
 from core.distributed import inside_forward, most, own_share
 
-# Rows of attention by sequences are filled up to a multiple of it: oneDNN prepares itself for every
-# new shape of a product, which takes longer than the product where a model is tiny.
+# Rows of attention by sequences are padded to a multiple of MULTIPLE tokens: oneDNN makes a plan
+# for every new shape of a product, which takes longer than the product where a model is tiny.
 MULTIPLE = 32
 
 
@@ -64,6 +64,16 @@ def beginning(sequences):
     targets = [next((t for t, w in enumerate(weights) if w and t), len(weights))
                for _, weights in sequences]
     return max(0, min(same, *(t - 1 for t in targets)))
+
+
+def labelled_share(sequences, row_tokens, group=1):
+    """The share of the tokens of micro-batches whose logits are computed; arguments of `pack`."""
+    labelled = sum(sum(w > 0 for w in weights) for _, weights in sequences)
+    tokens = sum(len(ids) for ids, _ in sequences)
+    if row_tokens == 0:
+        tokens -= sum(beginning(sequences[k:k + group]) * (len(sequences[k:k + group]) - 1)
+                      for k in range(0, len(sequences), group))
+    return labelled / tokens
 
 
 def placed(parts, rows, tokens, row_tokens):

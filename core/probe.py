@@ -106,7 +106,7 @@ def probe(model, sequences, args, device, ours=completion_logps):
 
     # what depends on a length shows at the ends of whole records: a long, a middle, a short one
     whole = sorted((s[0] for s in sequences), key=len)
-    extremes = [whole[-1], whole[len(whole) // 2], whole[0]]
+    lengths = [whole[-1], whole[len(whole) // 2], whole[0]]
 
     def ask(sequences, row_tokens, last=None):
         """Log-probabilities of each sequence's last tokens, or of all from `alike` on."""
@@ -145,8 +145,8 @@ def probe(model, sequences, args, device, ours=completion_logps):
                 raise InputError(f"{name}: {what} it computes something else: {got:.4f} instead of "
                                  f"{wanted:.4f} nats a token, each off by "
                                  f"{gap(found, expected):.1g}")
-        with refusal(f"{name}: it cannot read a row of {len(extremes[0])} tokens"):
-            ends = [ask([ids], 1, TOKENS[0])[0] for ids in extremes]
+        with refusal(f"{name}: it cannot read a row of {len(lengths[0])} tokens"):
+            ends = [ask([ids], 1, TOKENS[0])[0] for ids in lengths]
         for row_tokens in dict.fromkeys((0, args.row_tokens or 1, 1)):
             if row_tokens == 0 and not separate(model):
                 continue
@@ -156,13 +156,12 @@ def probe(model, sequences, args, device, ours=completion_logps):
                     width = row_tokens and len(tried[0]) + len(tried[-1])
                     refuse_cross_talk(ask, tried, changed, width, training, slack, noise)
                 with refusal("it cannot read whole records beside each other"):
-                    far = gap(ask(extremes, row_tokens, TOKENS[0]), ends)
+                    far = gap(ask(lengths, row_tokens, TOKENS[0]), ends)
                 if far > slack:
                     raise InputError("whole records beside each other change each other, by "
                                      f"{far:.1g} nats a token")
                 full = row_tokens or args.micro_tokens
-                longest = sorted((ids for ids, _ in sequences), key=len, reverse=True)[:full]
-                weighted = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in longest]
+                weighted = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in whole[::-1][:full]]
                 row = next(pack(weighted, row_tokens, 1 if row_tokens else full, device))
                 what = f"it cannot read a row of {row['input_ids'].shape[1]} tokens"
                 # if memory is short, training tries smaller rows

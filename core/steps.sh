@@ -6,7 +6,7 @@ accept=ilr     # the rule of refine.py by which a proposal replaces its label
 
 wants() { case " $METHODS " in *" $1 "*) ;; *) return 1 ;; esac; }
 
-base_models() { # $weak and $strong where no model is given: a pair of $BASES, made if it lacks
+base_models() { # $weak and $strong where no model is given; plans the pair if $BASES lacks it
   local base recipe bases='' missing=''
   if [ "$PRETRAIN" ]; then
     recipe=$({ sed -n '/^# -.* recipe /,/^# -.* the names /p' "tasks/$TASK.py"
