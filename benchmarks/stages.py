@@ -21,9 +21,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from _bench import ROOT, about, in_words, matrix_rate, save
+from _bench import AVX2, ROOT, about, in_words, matrix_rate, save
 
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # A stage that ends when it begins to work, and says the CPU-seconds of its process until then.
 BEGINS = f"""import os, runpy, sys, time
 sys.path.insert(0, {str(ROOT)!r})
