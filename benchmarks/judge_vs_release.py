@@ -41,7 +41,8 @@ def main(args):
         torch.manual_seed(0)
         model, plain = (open_model(folder, cpu, "AutoModelForSequenceClassification",
                                    num_labels=2).eval() for _ in range(2))
-        torch.nn.init.normal_(model.score.weight, std=1.0)
+        # logits of about 1, whatever the width: scores then differ by their rounding only
+        torch.nn.init.normal_(model.score.weight, std=model.config.hidden_size ** -0.5)
         plain.score.weight.data.copy_(model.score.weight)
     questions = []
     for p in preferences(problems("train", args.pairs)):
