@@ -9,20 +9,21 @@ pyarrow).
 
 A completion is right if it returns the same set of rows as the reference within ILR_SQL_TIMEOUT
 (30) seconds. As in BIRD, order and repetitions of rows do not count, the order of columns does.
-The results of the references are computed here, once, and stored as `reference_result`.
+The results of the references are computed here, once, and stored as `reference_result`, except for
+references that read the clock: they run again when they are graded. docs/bird.md has all rules.
 
-SQL written by a model is not trusted. It runs in separate processes, one per core. They open the
-database read-only, allow only SELECT, and limit time, memory, number of rows and size of a value.
-A process that hangs is killed. Unlike this, the paper's release runs the SQL in the trainer, with
-write access.
+SQL written by a model is not trusted. It runs in separate processes (tasks/_sql.py), one per core.
+They open the database read-only, allow only SELECT, and limit time, memory, number of rows and size
+of a value. A process that hangs is killed. Unlike this, the paper's release runs the SQL in the
+trainer, with write access.
 """
-import hashlib
+import contextlib
 import json
 import os
 import random
-import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -33,105 +34,57 @@ from core.cli import make_parser, run_stage
 from core.download import from_release
 from core.records import InputError, read_jsonl, write_jsonl
 from core.tokens import user_prompt
-from tasks import add_data_flags, check_data_flags, write_training
+from tasks import _sql, add_data_flags, check_data_flags, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 4096, 256
 FIELDS = "db", "reference_result"
 BLOBS = {"train": "a610c90f212b4952f65db29db17e80e42edf1d83",        # git's names of the files
          "test": "d59632acfb7312ee7ee72de47a7a24e6954ccf89"}
-MAX_ROWS = 1_000_000
-MAX_VALUE, MAX_MEMORY = 10_000_000, 4 << 30     # bytes: of a text or blob; of a process
+COMMAND = [sys.executable, "-I", _sql.__file__]
 GRACE = 10       # seconds after the time limit until a process that does not stop is killed
-ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION,
-           sqlite3.SQLITE_RECURSIVE}
-FORBIDDEN = {"load_extension", "readfile", "writefile", "edit", "fts3_tokenizer"}
 
 
-# ---------------------------------------------------------------- in the worker process
-def open_database(path):
-    """A connection that can read the database and nothing else."""
-    connection = sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)
-    for pragma in ("query_only = ON", "trusted_schema = OFF", "temp_store = MEMORY"):
-        connection.execute(f"PRAGMA {pragma}")
-    for limit, value in ((sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE),
-                         (sqlite3.SQLITE_LIMIT_SQL_LENGTH, 100_000),
-                         (sqlite3.SQLITE_LIMIT_ATTACHED, 0),
-                         (sqlite3.SQLITE_LIMIT_EXPR_DEPTH, 200)):
-        connection.setlimit(limit, value)
+# ---------------------------------------------------------------- databases
+def database(name):
+    """The path of a database, by ILR_BIRD_DATABASES. Raises InputError if there is none.
 
-    def authorize(action, _, name, *__):      # name: of the function, if the action is to call one
-        if action == sqlite3.SQLITE_FUNCTION and str(name).lower() in FORBIDDEN:
-            return sqlite3.SQLITE_DENY
-        return sqlite3.SQLITE_OK if action in ALLOWED else sqlite3.SQLITE_DENY
-    connection.set_authorizer(authorize)
-    connection.text_factory = lambda data: data.decode("utf-8", "replace")
-    return connection
-
-
-def digest(rows):
-    """A hash, the same for equal sets of rows: 1 and 1.0 are equal, as they are in Python."""
-    def plain(value):
-        return int(value) if isinstance(value, float) and value.is_integer() else value
-    texts = sorted(map(repr, {tuple(map(plain, row)) for row in rows}))
-    return hashlib.sha256("\n".join(texts).encode("utf-8", "replace")).hexdigest()
-
-
-def execute(path, sql, seconds):
-    """The digest of a query's result.
-
-    Raises sqlite3.Error, or ValueError if the text is no query or returns too many rows.
+    It is FOLDER/<db>/<db>.sqlite, or up to two folders deeper, as BIRD's zips unpack.
     """
-    connection = open_database(path)
-    try:
-        deadline = time.monotonic() + seconds
-        connection.set_progress_handler(lambda: time.monotonic() > deadline, 10_000)
-        cursor = connection.execute(sql)
-        if cursor.description is None:
-            raise ValueError("no query")
-        rows = cursor.fetchmany(MAX_ROWS)
-        if cursor.fetchone():
-            raise ValueError(f"more than {MAX_ROWS:,} rows")
-        return digest(rows)
-    finally:
-        connection.close()
+    if not os.environ.get("ILR_BIRD_DATABASES"):
+        raise InputError("ILR_BIRD_DATABASES is not set: "
+                         "the folder of BIRD's databases, <db>/<db>.sqlite")
+    folder = Path(os.environ["ILR_BIRD_DATABASES"])
+    path = folder / name / f"{name}.sqlite"
+    found = []
+    for depth in ("", "*/", "*/*/") if Path(name).name == name else ():
+        places = sorted(folder.glob(depth)) if depth else [folder]
+        found = [p for p in (place / name / path.name for place in places) if p.is_file()]
+        if found:
+            break
+    if len(found) > 1:
+        raise InputError(f"{found[0]} and {found[1]}: two databases of one name; "
+                         "ILR_BIRD_DATABASES must hold one")
+    if not found:
+        others = sorted(p.stem for p in folder.glob("*/*.sqlite"))
+        raise InputError(f"{path}: no such database; ILR_BIRD_DATABASES names their folder, which "
+                         f"holds {', '.join(others[:3]) or 'none'}{', ...' * (len(others) > 3)}")
+    return found[0]
 
 
-def work():
-    """Read requests from stdin, JSON lines [path, sql, seconds]; answer each on stdout.
-
-    An answer is a line [digest or null, error or null].
-    """
-    import resource
-
-    def lower(kind, limit):      # never above the system's own limit
-        hard = resource.getrlimit(kind)[1]
-        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(kind, (soft, hard))
-
-    lower(resource.RLIMIT_AS, MAX_MEMORY)
-    lower(resource.RLIMIT_CORE, 0)
-    for line in sys.stdin:
-        path, sql, seconds = json.loads(line)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 5)
-        try:
-            answer = [execute(path, sql, seconds), None]
-        except (sqlite3.Error, sqlite3.Warning, ValueError, MemoryError, OverflowError) as e:
-            answer = [None, f"{type(e).__name__}: {e}"]
-        print(json.dumps(answer), flush=True)
-
-
-# ---------------------------------------------------------------- in the process that grades
+# ---------------------------------------------------------------- queries
 class Worker:
     """A process that runs queries. It is started when needed and killed when a query hangs."""
     process = None
 
     def ask(self, path, sql, seconds):
-        """[digest or None, error or None] of a query. Raises OSError if no query can be run."""
+        """[digest or None, error or None, whether another day may differ] of a query.
+
+        Raises OSError if no query can be run.
+        """
         if self.process is None or self.process.poll() is not None:
-            kept = ("PATH", "LD_LIBRARY_PATH", "LANG")      # no keys, no settings
+            kept = ("PATH", "LD_LIBRARY_PATH", "LANG", "TZ")      # no keys, no settings
             self.process = subprocess.Popen(
-                [sys.executable, __file__, "--work"], text=True, encoding="utf-8",
+                COMMAND, text=True, encoding="utf-8",
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                 env={k: v for k, v in os.environ.items() if k in kept})
             error = self.exchange(path, "SELECT count(*) FROM sqlite_master", 30)[1]
@@ -149,7 +102,7 @@ class Worker:
             line = self.process.stdout.readline()
             if not line:
                 self.process.wait()
-            return json.loads(line or '[null, "killed"]')
+            return json.loads(line or '[null, "killed", false]')
         finally:
             timer.cancel()
 
@@ -159,25 +112,35 @@ class Worker:
             self.process.communicate()
 
 
-results = {}       # (database, query) -> [digest or None, error or None], of this process
+def cores():
+    """How many cores this process may use: by its affinity and by its container's quota."""
+    has_affinity = hasattr(os, "sched_getaffinity")      # not on macOS
+    count = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):       # no such file; "max": no quota
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
-def database(name):
-    """The path of a database, by ILR_BIRD_DATABASES. Raises InputError if there is none."""
-    folder = os.environ.get("ILR_BIRD_DATABASES")
-    if not folder:
-        raise InputError("ILR_BIRD_DATABASES is not set: "
-                         "the folder of BIRD's databases, <db>/<db>.sqlite")
-    path = Path(folder) / name / f"{name}.sqlite"
-    if not path.is_file() or Path(name).name != name:
-        raise InputError(f"{path}: no such database; ILR_BIRD_DATABASES names their folder")
-    return path
+def today():
+    """The date, in UTC and here."""
+    return time.strftime("%F", time.gmtime()), time.strftime("%F")
 
 
-def run_queries(queries):
-    """Run the (db, SQL) pairs that have not been run yet, on all cores; fills `results`."""
-    queries = [q for q in dict.fromkeys(queries) if q not in results]
-    if not queries:       # as when records are graded one by one after `warm`
+# of this process: (database, query) -> [digest or None, error or None],
+# (database, query, query, ...) -> a list of these
+results = {}
+days = {}       # a key of `results` that may differ another day -> the day it is of
+
+
+def run_queries(keys):
+    """Run the (db, SQL) pairs that have not been run yet, on all cores; fills `results`.
+
+    Several queries in one key, (db, SQL, SQL, ...), run one right after the other.
+    """
+    day = today()
+    keys = [k for k in dict.fromkeys(keys) if k not in results or days.get(k, day) != day]
+    if not keys:       # as when records are graded one by one after `warm`
         return
     from concurrent.futures import ThreadPoolExecutor
 
@@ -189,30 +152,41 @@ def run_queries(queries):
     if not 0 < seconds <= 86400:
         raise InputError(f"ILR_SQL_TIMEOUT is {os.environ['ILR_SQL_TIMEOUT']!r}: "
                          "expected seconds, up to a day")
-    paths = {db: database(db) for db in {db for db, _ in queries}}
+    paths = {db: database(db) for db in dict.fromkeys(k[0] for k in keys)}
     own, workers = threading.local(), []
 
-    def ask(query):
+    def ask(key):
         if not hasattr(own, "worker"):
             own.worker = Worker()
             workers.append(own.worker)
-        return own.worker.ask(paths[query[0]], query[1], seconds)
+        day = today()
+        answers = [own.worker.ask(paths[key[0]], sql, seconds) for sql in key[1:]]
+        return day, answers
 
     try:
-        with ThreadPoolExecutor(min(os.cpu_count(), len(queries))) as pool:
-            found = tqdm(pool.map(ask, queries), total=len(queries), desc="sql", unit="query",
-                         mininterval=1, disable=len(queries) < 10)
-            results.update(zip(queries, found, strict=True))
+        with (tempfile.TemporaryDirectory(prefix="bird-") as folder,
+              ThreadPoolExecutor(min(cores(), len(keys))) as pool):
+            paths = {db: _sql.committed(path, folder) for db, path in paths.items()}
+            found = tqdm(pool.map(ask, keys), total=len(keys), desc="sql", unit="query",
+                         mininterval=1, disable=len(keys) < 10)
+            for key, (day, answers) in zip(keys, found, strict=True):
+                short = [answer[:2] for answer in answers]
+                results[key] = short if len(key) > 2 else short[0]
+                days.pop(key, None)
+                if any(changing for _, _, changing in answers):
+                    days[key] = day
     finally:
         for worker in workers:
             worker.close()
 
 
-def query(record):
-    """(db, SQL) of a record."""
+def query(record, field="completion"):
+    """(db, SQL) of a record's completion or reference. Several statements: SQLite refuses them."""
     if not isinstance(record.get("db"), str):
         raise InputError(f"id {record['id']} has no db: make the records with tasks/bird.py")
-    return record["db"], record["completion"]
+    prompt = record.get("prompt")
+    prompt = prompt if isinstance(prompt, str) and field == "completion" else ""
+    return record["db"], ";\n".join(_sql.statements(record[field], prompt))
 
 
 def result(record):
@@ -221,15 +195,42 @@ def result(record):
     return results[query(record)][0]
 
 
+def reads_clock(record):
+    """Whether a record's reference runs again when it is graded: another day it may differ."""
+    if "reference_result" not in record or not isinstance(record.get("reference"), str):
+        return False
+    # a string: also of records that were made before such references were left open
+    return record["reference_result"] is None or bool(_sql.CLOCK.search(record["reference"]))
+
+
+def again(record):
+    """(db, reference, completion, reference): the clock may tick between two of them."""
+    db, sql = query(record)
+    reference = query(record, "reference")[1]
+    return db, reference, sql, reference
+
+
+def same(key):
+    """Whether the middle one of three queries returns what the first or the last one does.
+
+    Raises OSError if one of these two fails.
+    """
+    run_queries([key])
+    first, other, last = results[key]
+    if first[0] is None or last[0] is None:
+        raise OSError(f"{key[0]}: {key[1]!r} cannot be run again: {first[1] or last[1]}")
+    return other[0] in (first[0], last[0])
+
+
 # ---------------------------------------------------------------- the names every task has
 def warm(records):
     """Run the queries of these records in parallel, before they are graded or compared."""
-    run_queries(map(query, records))
+    run_queries([*map(query, records), *map(again, filter(reads_clock, records))])
 
 
 def is_well_formed(text):
-    """Whether there is any text: SQL is parsed only when it runs."""
-    return bool(text.strip())
+    """Whether the text holds one statement. It is parsed only when it runs."""
+    return len(_sql.statements(text)) == 1
 
 
 def grade(record):
@@ -237,6 +238,9 @@ def grade(record):
 
     A query that fails or times out is wrong.
     """
+    if reads_clock(record):
+        _, reference, sql, _ = key = again(record)
+        return float(sql == reference or same(key))
     if not isinstance(record.get("reference_result"), str):
         raise InputError(f"id {record['id']} has no reference_result: "
                          "make the records with tasks/bird.py")
@@ -245,19 +249,18 @@ def grade(record):
 
 def agree(a, b):
     """Whether two records' queries return the same; if one fails, whether the texts are equal."""
-    if a["completion"].strip() == b["completion"].strip():
+    x, y = query(a), query(b)
+    if x == y:
         return True
-    x = result(a)
-    return x is not None and x == result(b)
+    first, second = result(a), result(b)
+    if None in (first, second):
+        return False
+    return same((*x, y[1], x[1])) if x in days or y in days else first == second
 
 
 # ---------------------------------------------------------------- files
 def check(args):
     """Refuse arguments that cannot work."""
-    if args.work:
-        return
-    if not args.out:
-        raise InputError("give --out")
     check_data_flags(args)
 
 
@@ -274,8 +277,6 @@ def rows_of(split, folder):
 
 def main(args):
     check(args)
-    if args.work:
-        return work()
     if args.database_dir:
         os.environ["ILR_BIRD_DATABASES"] = args.database_dir
     out = Path(args.out)
@@ -289,8 +290,12 @@ def main(args):
             first, error = failed[0]["id"], results[query(failed[0])][1]
             print(f"{len(failed)} of {len(records)} {split} references cannot be run and are left "
                   f"out, the first: {first} ({error})")
-        rows[split] = [{**r, "reference_result": result(r)} for r in records
-                       if result(r) is not None]
+        # null: what the reference returns today says nothing about another day
+        rows[split] = [{**r, "reference_result": None if query(r) in days else result(r)}
+                       for r in records if result(r) is not None]
+        clock = sum(r["reference_result"] is None for r in rows[split])
+        print(f"{clock} of {len(rows[split])} {split} references call a date or random function: "
+              "they run again when they are graded")
     if not rows["test"]:
         raise InputError(f"{args.data_dir}/test.jsonl: no problem is left to test on")
     write_training(out, rows["train"], args.gt)
@@ -299,12 +304,10 @@ def main(args):
 
 def parser():
     p = make_parser(__doc__, prog="tasks/bird.py")
-    p.add_argument("--out", help="folder to write")
+    p.add_argument("--out", required=True, help="folder to write")
     add_data_flags(p, "bird", 10**6, 4714, 10**6)
     p.add_argument("--database-dir", help="folder of the databases (default: ILR_BIRD_DATABASES, "
                                           "which the other stages read)")
-    p.add_argument("--work", action="store_true",
-                   help="run queries from standard input (for this file's own use)")
     return p
 
 
