@@ -8,12 +8,14 @@ A URL is, for example, https://api.openai.com/v1, and a model gpt-4o. Each key i
 in its row and nowhere else; leave it out if the server needs none.
 
 Replies are kept in the folder ILR_CACHE (default: cache), under a hash of the request, and the same
-request is not sent again. At most ILR_JUDGE_CONCURRENCY (16) requests run at a time. With
-ILR_JUDGE_UNDECIDED=1 a judge whose replies hold no verdict counts as 0.5 instead of as an error.
+request is not sent again. At most ILR_JUDGE_CONCURRENCY (16) requests run at a time. A judge has
+room for ILR_JUDGE_MAX_TOKENS (4096) tokens, its reasoning included. With ILR_JUDGE_UNDECIDED=1 a
+judge whose answers hold no verdict counts as 0.5 instead of as an error.
+
+core/server.py sends one request, core/verdict.py reads what a judge says.
 """
 import contextlib
 import hashlib
-import http.client
 import json
 import math
 import os
@@ -22,40 +24,19 @@ import random
 import re
 import threading
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from pathlib import Path
 
 from core.cli import printable
 from core.records import InputError, dumps
+from core.server import OUT_OF_ROOM, ServerError, opener_for, post
 from core.tokens import question_of
+from core.verdict import QUESTION, TRIAL, CutOff, Undecided, Unreadable, probability_of_b
 
 ATTEMPTS = 6                # tries of a request
-TIMEOUT, LONGEST_WAIT = 120, 60     # seconds: of a try; between two tries
-MAX_REPLY = 16 << 20        # bytes
-QUESTION = """Two answers to one request follow. Say which of them serves the request better; \
-helpfulness, truth and safety all count.
-
-<request>
-{prompt}
-</request>
-
-<answer_A>
-{a}
-</answer_A>
-
-<answer_B>
-{b}
-</answer_B>
-
-Compare them in two or three sentences. Then write, as the last line and with nothing else in it, \
-the letter of the better answer: A or B."""
-VERDICT = re.compile(r"(?:^|[\n.:!?])[\s`*\"'(\[]*([AB])[\s`*\"')\].]*$")
-
-
-class Unreadable(ValueError):
-    """A reply that does not hold what was asked for."""
+TIMEOUT, LONGEST_WAIT = 300, 60     # seconds: of a try; between two tries
+# Before a run starts, a server that is down is told of within seconds.
+TRIAL_ATTEMPTS, TRIAL_SECONDS = 3, 10
 
 
 def is_url(name):
@@ -63,18 +44,13 @@ def is_url(name):
     return name.startswith(("http://", "https://"))
 
 
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Redirects are errors: following one would send the key to another host."""
-
-    def redirect_request(self, *_):
-        return None
-
-
 def check_url(url):
     """Raise InputError unless the URL is http(s)://host/path, with nothing secret in it."""
     try:
         good = re.fullmatch(r"https?://[^/@?#\s]+(/[^@?#\s]*)?", url)
-        good = good and urllib.parse.urlsplit(url).port != 0
+        parts = urllib.parse.urlsplit(url)
+        # a host without an ASCII form raises UnicodeError, a ValueError
+        good = good and url.isascii() and parts.port != 0 and parts.hostname.encode("idna")
     except ValueError:
         good = False
     if not good:
@@ -83,6 +59,20 @@ def check_url(url):
     if url.rstrip("/").endswith(("/chat/completions", "/embeddings")):
         raise InputError("the endpoint's URL ends before /chat/completions or /embeddings, "
                          "as a rule in /v1")
+
+
+def number(name, default, most):
+    """An environment variable that is a whole number from 1 to `most`."""
+    text = os.environ.get(name) or str(default)
+    if not re.fullmatch("[0-9]{1,9}", text) or not 1 <= int(text) <= most:
+        raise InputError(f"{name} must be a number from 1 to {most}")
+    return int(text)
+
+
+def embedder(url):
+    """The endpoint that embeds behind --embedder URL."""
+    model = os.environ.get("ILR_EMBEDDER_MODEL", "text-embedding-3-large")
+    return Endpoint(url, model, "ILR_EMBEDDER")
 
 
 class Endpoint:
@@ -98,92 +88,36 @@ class Endpoint:
                              "or --judge-model for --judge")
         self.url, self.model, self.prefix = url.rstrip("/"), model, prefix
         self.key = os.environ.get(f"{prefix}_KEY", "")
-        try:
-            self.key.encode("ascii")
-            self.concurrency = int(os.environ.get("ILR_JUDGE_CONCURRENCY", 16))
-        except ValueError:
-            self.concurrency = 0
-        if not 1 <= self.concurrency <= 1000 or re.search(r"\s", self.key):
-            raise InputError(f"{prefix}_KEY must be a word of ASCII, "
-                             "and ILR_JUDGE_CONCURRENCY a number from 1 to 1000")
-        self.open = urllib.request.build_opener(NoRedirect).open
+        if not self.key.isascii() or re.search(r"\s", self.key):
+            raise InputError(f"{prefix}_KEY must be a word of ASCII")
+        self.concurrency = number("ILR_JUDGE_CONCURRENCY", 16, 1000)
+        self.room = number("ILR_JUDGE_MAX_TOKENS", 4096, 10**6)
+        self.opener = opener_for(self.url)
         self.stop, self.error = threading.Event(), None     # set by the first request that fails
+        self.refused, self.lock = set(), threading.Lock()   # names of parameters
         self.undecided = 0      # replies without a verdict that counted as 0.5
 
-    def post(self, route, body):
-        """Send one request; return the JSON object of the reply. Raises OSError without the key."""
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(f"{self.url}/{route}", data, headers)
-        deadline, data = time.monotonic() + TIMEOUT, b""
-        try:
-            with self.open(request, timeout=TIMEOUT) as reply:
-                while chunk := reply.read1(1 << 16):
-                    data += chunk
-                    if len(data) > MAX_REPLY or time.monotonic() > deadline:
-                        raise OSError(f"a reply of more than {MAX_REPLY:,} bytes "
-                                      f"or {TIMEOUT} seconds")
-            value = json.loads(data)
-            if not isinstance(value, dict):
-                raise OSError("the reply is not a JSON object")
-            return value
-        except urllib.error.HTTPError as e:
-            with contextlib.suppress(OSError, http.client.HTTPException):
-                e.msg = e.read(1 << 16).decode("utf-8", "replace")
-            raise
-        except http.client.HTTPException as e:
-            raise OSError(f"{type(e).__name__} from the server") from None
-        except (ValueError, RecursionError):
-            text = data.decode("utf-8", "replace")
-            raise OSError(f"the reply is not JSON: {text}") from None
-
-    def ask(self, route, body, read, about="", undecided=None):
+    # ---------------------------------------------------------------- one request
+    def ask(self, route, body, read, about="", undecided=None, trial=False):
         """read(reply) of one request's reply, from the cache if it was asked before.
 
-        A busy or failing server is asked again after a growing wait; so is one whose reply is
-        Unreadable. After ATTEMPTS tries, raises OSError (about: what the request was about, for its
-        text); or returns `undecided`, for Unreadable replies and with ILR_JUDGE_UNDECIDED=1.
+        about: what the request is about, for errors. Raises OSError as `tries` does. For answers
+        without a verdict, and with ILR_JUDGE_UNDECIDED=1, returns `undecided`, if given. trial: ask
+        whatever the cache holds, and give up soon.
         """
+        # Neither the limit that is really sent nor what the model refuses is part of the question:
+        # a reply that is there stays good.
         key = json.dumps([self.url, route, body], sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()
         path = Path(os.environ.get("ILR_CACHE") or "cache", digest[:2], f"{digest}.json")
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))["value"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass
-        for attempt in range(ATTEMPTS):
-            if self.error:
-                raise self.error
-            # a random part, so that concurrent requests do not all come back at once
-            wait = min(LONGEST_WAIT, 2 ** attempt) * random.uniform(0.5, 1)
-            # another seed, where the server knows seeds, or the reply would be the same again
-            sent = {**body, "seed": attempt} if "seed" in body else body
-            try:
-                value = read(self.post(route, sent))
-                break
-            except urllib.error.HTTPError as e:
-                error = f"HTTP {e.code}: {e.msg}"
-                if e.code in (401, 403):
-                    state = "is refused" if self.key else "is not set"
-                    error = f"{self.prefix}_KEY {state}: {error}"
-                if e.code not in (408, 409, 425, 429) and e.code < 500:
-                    self.fail(attempt, error)
-                after = e.headers.get("Retry-After", "")
-                if re.fullmatch("[0-9]{1,6}", after):
-                    wait = max(wait, min(LONGEST_WAIT, int(after)))
-            except Unreadable as e:
-                error, wait = f"{e} (asked about {about[:60]!r})", 0
-                may_be_undecided = os.environ.get("ILR_JUDGE_UNDECIDED") == "1"
-                if attempt + 1 == ATTEMPTS and undecided is not None and may_be_undecided:
-                    self.undecided += 1
-                    return undecided        # not cached: on another day it may decide
-            except OSError as e:
-                error = str(getattr(e, "reason", None) or e or type(e).__name__)
-            if attempt + 1 == ATTEMPTS:
-                self.fail(attempt, error)
-            self.stop.wait(wait)
+        if not trial:
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+                return json.loads(path.read_text(encoding="utf-8"))["value"]
+        may_be_undecided = undecided is not None and os.environ.get("ILR_JUDGE_UNDECIDED") == "1"
+        value = self.tries(route, body, read, about, may_be_undecided, trial)
+        if value is None:
+            self.undecided += 1
+            return undecided        # not cached: on another day it may decide
         # another process or thread may write the same file
         temporary = path.with_suffix(f".{os.getpid()}.{threading.get_ident()}")
         try:
@@ -194,12 +128,88 @@ class Endpoint:
             raise OSError(f"ILR_CACHE, {path}: {e.strerror}") from None
         return value
 
-    def fail(self, attempt, error):
+    def tries(self, route, body, read, about, may_be_undecided, trial):
+        """read(reply) of a request; None for an answer without a verdict, if it may be undecided.
+
+        A busy or failing server is asked again after a growing wait, and so is one whose reply is
+        Unreadable. Raises OSError after ATTEMPTS tries, or at once where another try is no use.
+        """
+        attempts = min(TRIAL_ATTEMPTS, ATTEMPTS) if trial else ATTEMPTS
+        longest = min(TRIAL_SECONDS / 4, LONGEST_WAIT) if trial else LONGEST_WAIT
+        attempt, began = 0, time.monotonic()
+        while True:
+            if self.error:
+                raise self.error
+            last = attempt + 1 == attempts or trial and time.monotonic() - began > TRIAL_SECONDS
+            # a random part, so that concurrent requests do not all come back at once
+            wait = min(longest, 2 ** attempt) * random.uniform(0.5, 1)
+            sent = self.taken(body, attempt)
+            try:
+                return read(post(self.opener, f"{self.url}/{route}", self.key, sent, TIMEOUT))
+            except ServerError as e:
+                if refused := e.refused(sent):
+                    self.leave_out(refused)
+                    continue        # again, at once
+                error, last, wait = str(e), last or not e.passes(), max(wait, min(longest, e.wait))
+                if OUT_OF_ROOM in e.words:
+                    error += f": raise ILR_JUDGE_MAX_TOKENS (now {self.room})"
+                elif e.filtered():
+                    if may_be_undecided:
+                        return None
+                elif e.status in (401, 403):
+                    state = "is refused" if self.key else "is not set"
+                    error = f"{self.prefix}_KEY {state}: {error}"
+            except Undecided as e:
+                if last and may_be_undecided:
+                    return None
+                error, wait = f"{e} (asked about {about[:60]!r})", 0
+            except CutOff as e:
+                if may_be_undecided and not trial:      # one that loops is cut off at any limit
+                    return None
+                error, wait = f"{e}: raise ILR_JUDGE_MAX_TOKENS (now {self.room})", 0
+                last = last or "temperature" in sent        # 0: it would be the same again
+            except Unreadable as e:
+                error = str(e)
+            except OSError as e:
+                reason = getattr(e, "reason", None) or e
+                error = str(reason) or type(e).__name__
+                last = last or "CERTIFICATE_" in error or "WRONG_VERSION" in error      # of TLS
+            if last:
+                self.fail(f"{attempt + 1} of {attempts} tries", error)
+            self.stop.wait(wait)
+            attempt += 1
+
+    def taken(self, body, attempt):
+        """The body as it is sent: with this run's limit, and without what the model refuses."""
+        sent = dict(body)
+        if "max_tokens" in body:
+            sent["max_tokens"] = sent["max_completion_tokens"] = self.room
+            # the newer name only for models that refuse the old one
+            if "max_tokens" not in self.refused:
+                del sent["max_completion_tokens"]
+        if "seed" in body:      # another seed, or the reply would be the same again
+            sent["seed"] = attempt
+        return {name: value for name, value in sent.items() if name not in self.refused}
+
+    def leave_out(self, refused):
+        """Send these parameters in no further request of this endpoint; say so once."""
+        with self.lock:
+            new = [name for name in refused if name not in self.refused]
+            self.refused.update(new)
+        if "max_tokens" in new:
+            new.remove("max_tokens")
+            print(f"note: {self.model} refuses max_tokens: max_completion_tokens is sent instead")
+        if new:
+            print(f"note: {self.model} refuses {', '.join(new)}: asked without")
+
+    def fail(self, tries, error):
         """Raise the OSError that ends all requests of this endpoint; its text hides the key."""
         text = printable(" ".join(error.replace(self.key or "\0", "[key]").split()))
         text = text if len(text) < 400 else f"{text[:200]} ... {text[-200:]}"
-        message = f"{self.url} ({self.model}), after {attempt + 1} of {ATTEMPTS} tries: {text}"
-        self.error = self.error or OSError(message)
+        wrong_place = re.search("HTTP 40[45]|not JSON|[Uu]nexpected endpoint", text)
+        if wrong_place and not re.search(r"/v[0-9]", self.url):
+            text += "; as a rule the URL ends in /v1"
+        self.error = self.error or OSError(f"{self.url} ({self.model}), after {tries}: {text}")
         raise self.error
 
     def ask_all(self, function, items, desc):
@@ -233,72 +243,59 @@ class Endpoint:
             raise
         return results
 
-    def embeddings(self, texts):
-        """{text: embedding, a list of floats} of different texts.
-
-        Line breaks become spaces, as in the release (experiments/ilr.py).
-        """
+    # ---------------------------------------------------------------- questions
+    def embedding(self, text, trial=False):
+        """The embedding of a text, a list of floats."""
         def read(reply):
             try:
                 vector = [float(x) for x in reply["data"][0]["embedding"]]
             except (KeyError, IndexError, TypeError, ValueError):
                 vector = []
             if not any(vector) or not all(map(math.isfinite, vector)):
-                raise Unreadable("a reply without an embedding")
+                raise Unreadable(f"a reply without an embedding: {dumps(reply)[:300]}")
             return vector
+        return self.ask("embeddings", {"model": self.model, "input": [text]}, read, trial=trial)
 
-        def ask(text):
-            return self.ask("embeddings", {"model": self.model, "input": [text]}, read)
+    def embeddings(self, texts):
+        """{text: embedding} of different texts.
+
+        Line breaks become spaces, as in the release (experiments/ilr.py).
+        """
         # some servers refuse an empty input
         plain = {text: text.replace("\n", " ") or " " for text in texts}
         asked = list(dict.fromkeys(plain.values()))
-        found = dict(zip(asked, self.ask_all(ask, asked, "embed"), strict=True))
+        found = dict(zip(asked, self.ask_all(self.embedding, asked, "embed"), strict=True))
         return {text: found[plain[text]] for text in texts}
+
+    def prefers_b(self, question, trial=False):
+        """P(B is better) of a question (prompt, a, b); 0.5 for undecided, if that may be."""
+        prompt, a, b = question
+        content = QUESTION.format(prompt=question_of(prompt), a=a, b=b)
+        # `taken` puts this run's limit in the place of max_tokens
+        body = {"model": self.model, "messages": [{"role": "user", "content": content}],
+                "max_tokens": 512, "temperature": 0, "seed": 0, "logprobs": True, "top_logprobs": 5}
+        return self.ask("chat/completions", body, probability_of_b, about=prompt, undecided=0.5,
+                        trial=trial)
 
     def preferences(self, questions):
         """Ask which of two answers is better, in both orders.
 
         questions: [(prompt, a, b)]. Returns [(P(B | A=a, B=b), P(B | A=b, B=a))], in their order.
         """
-        def ask(question):
-            prompt, a, b = question
-            content = QUESTION.format(prompt=question_of(prompt), a=a, b=b)
-            body = {"model": self.model, "messages": [{"role": "user", "content": content}],
-                    "max_tokens": 512, "temperature": 0, "seed": 0,
-                    "logprobs": True, "top_logprobs": 5}
-            return self.ask("chat/completions", body, probability_of_b, about=prompt, undecided=0.5)
+        questions = [(question_of(prompt) if isinstance(prompt, list) else prompt, a, b)
+                     for prompt, a, b in questions]
         orders = [x for prompt, a, b in questions for x in ((prompt, a, b), (prompt, b, a))]
         both = list(dict.fromkeys(orders))
-        said = dict(zip(both, self.ask_all(ask, both, "judge"), strict=True))
+        said = dict(zip(both, self.ask_all(self.prefers_b, both, "judge"), strict=True))
         if self.undecided:
             print(f"{self.undecided} of {len(both)} replies without a verdict count as 0.5 "
                   "(ILR_JUDGE_UNDECIDED=1)")
         return [(said[prompt, a, b], said[prompt, b, a]) for prompt, a, b in questions]
 
-
-def probability_of_b(reply):
-    """P(B) / (P(A) + P(B)) at the letter that ends a chat reply.
-
-    Without log-probabilities in the reply, 1.0 for B and 0.0 for A. Raises Unreadable if it does
-    not end in A or B.
-    """
-    try:
-        choice = reply["choices"][0]
-        text = choice["message"]["content"].strip()
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise Unreadable("a reply without a message") from None
-    verdict = VERDICT.search(text[-200:])
-    if not verdict:
-        raise Unreadable(f"a reply that does not end in A or B alone: {text}")
-    try:
-        tokens = reversed(choice["logprobs"]["content"])
-        token = next(t for t in tokens if t["token"].strip() in ("A", "B"))
-        found = {"A": 0.0, "B": 0.0}
-        for t in token["top_logprobs"]:
-            if t["token"].strip() in found:
-                found[t["token"].strip()] += math.exp(min(0.0, float(t["logprob"])))
-        if token["token"].strip() == verdict[1] and sum(found.values()) > 0:
-            return found["B"] / (found["A"] + found["B"])
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, StopIteration):
-        pass        # log-probabilities are optional, and not every server's have this form
-    return float(verdict[1] == "B")
+    def try_out(self):
+        """Ask one question now, whatever the cache holds. Raises OSError, within seconds if there
+        is no server, where `embeddings` or `preferences` would."""
+        if self.prefix == "ILR_EMBEDDER":
+            self.embedding(TRIAL[0], trial=True)
+        else:
+            self.prefers_b(TRIAL, trial=True)

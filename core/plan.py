@@ -8,6 +8,7 @@ import contextlib
 import importlib
 import io
 import os
+import sys
 from pathlib import Path
 
 from core import settings
@@ -15,7 +16,7 @@ from core.records import InputError
 from core.sources import fingerprint, sources_of
 
 # Endings of the ILR_* variables, which stages read, that change no result.
-NO_MATTER = ("_KEY", "_CACHE", "_CONCURRENCY")
+NO_MATTER = ("_KEY", "_CACHE", "_CONCURRENCY", "_MAX_TOKENS")
 LIGHT = ("refine.py", "evaluate.py", "tasks/", "baselines/", "core/")    # no model computes
 
 
@@ -26,7 +27,7 @@ class Stage:
         self.index, self.name, self.words = index, name, words
         self.script = words[0]
         self.light = self.script.startswith(LIGHT)
-        args = parsed(name, words)
+        self.args = args = parsed(name, words)
         outs = getattr(args, "out", None) or []
         self.outs = [outs] if isinstance(outs, str) else list(outs)
         # a judge that is no model of ours needs no launcher
@@ -48,6 +49,11 @@ class Stage:
     def complete(self):
         return bool(self.outs) and all(os.path.lexists(out) for out in self.outs)
 
+    def endpoints(self):
+        """The endpoints that it asks, as its script says."""
+        module = sys.modules.get(self.script.removesuffix(".py"))
+        return module.endpoints(self.args) if hasattr(module, "endpoints") else []
+
     def inputs(self, place=lambda path: path):
         """{path as any run folder has it: digest} of what it reads; place(path): where it is."""
         return {portable(path): fingerprint(place(path)) for path in self.reads}
@@ -67,7 +73,8 @@ class Stage:
                 flag = flag if arguments else "words"
                 arguments[flag] = f"{arguments.get(flag, '')} {portable(word)}".strip()
         arguments.update({name: value for name, value in sorted(os.environ.items())
-                          if name.startswith("ILR_") and not name.endswith(NO_MATTER)})
+                          if name.startswith("ILR_") and not name.endswith(NO_MATTER)
+                          and (name != "ILR_DATE" or "--chat-template" in words)})
         if not self.light:
             arguments["threads"] = os.environ["THREADS"]
             arguments["processes"] = "one" if os.environ["NPROC"] == "1" else "several"

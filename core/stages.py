@@ -89,12 +89,24 @@ class Run:
         now = settings.configuration(os.environ["PRESET"])
         config = settings.check_config(self.out, now)
         again = stale(self.stages, self.made)
+        self.try_endpoints(again)
         write_json(self.out / "config.json", config)
         for stage, why in again.items():
             self.say(f"note: {stage.name} is made again: {why}")
             self.before[stage] = [fingerprint(out) for out in stage.outs]
             for out in stage.outs:
                 remove(out)
+
+    def try_endpoints(self, again):
+        """Ask every endpoint that a stage will ask one question, before anything is trained."""
+        coming = outlook(self.stages, again, self.source)
+        asked = [e for stage, what in coming.items()
+                 if not what.startswith(("complete", "taken over")) for e in stage.endpoints()]
+        for endpoint in {(e.url, e.model, e.prefix): e for e in asked}.values():
+            try:
+                endpoint.try_out()
+            except OSError as e:
+                raise OSError(f"asked once before anything is trained: {e}") from None
 
     def ready(self):
         """The stages that can start now, those on the longest way first."""
@@ -152,7 +164,7 @@ class Run:
             return False
         take_over(stage, self.source)
         self.undisturbed = False
-        self.record({**row, "from": self.source.run})
+        self.record({**row, **work, "from": self.source.run})
         self.announce(stage, f": taken over from {self.source.run}")
         return True
 
@@ -223,6 +235,22 @@ class Run:
 
 
 # ---------------------------------------------------------------- what run_ilr.sh calls
+def outlook(stages, again, source):
+    """{stage: what will become of it}: complete, made again, with FROM taken over; "" if it runs.
+    """
+    settled, found = {}, {}     # settled: path -> where its content is found now
+    for stage in stages:
+        found[stage] = ""
+        if stage in again:
+            found[stage] = f"would be made again: {again[stage]}"
+        elif stage.complete():
+            found[stage] = "complete"
+            settled.update({out: out for out in stage.outs})
+        elif source and stage.outs and below(stage.outs[0], os.environ["OUT"]):
+            found[stage] = would_be(stage, source, settled)
+    return found
+
+
 def dry_run(stages):
     """Print every stage's name and command; with FROM, whether it would be taken over."""
     made, source = Made(os.environ["OUT"]), None
@@ -230,28 +258,22 @@ def dry_run(stages):
     again = stale(stages, made)
     if os.environ["FROM"]:
         source = Made(os.environ["FROM"])
-    settled = {}        # path -> where its content is found now
-    for stage in stages:
-        what = ""
-        if stage in again:
-            what = f": would be made again: {again[stage]}"
-        elif stage.complete():
-            what = ": complete"
-            settled.update({out: out for out in stage.outs})
-        elif source and stage.outs and below(stage.outs[0], os.environ["OUT"]):
-            what = f": {would_be(stage, source, settled)}"
-        print(f"# [{stage.index + 1}/{len(stages)}] {stage.name}{what}")
+    for stage, what in outlook(stages, again, source).items():
+        print(f"# [{stage.index + 1}/{len(stages)}] {stage.name}{what and ': '}{what}")
         print(shlex.join([*launcher(stage), *stage.words]))
 
 
 def execute(stages):
     run, interrupted = Run(stages), []
+    try:
+        run.start()
+    except KeyboardInterrupt:       # while a judge is tried
+        return settings.fail("interrupted; the same command continues from here", 130)
     # only noted: an exception in the midst of starting a process would lose it
     for number in STOPS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:       # nohup
             signal.signal(number, lambda *_: interrupted.append(True))
     try:
-        run.start()
         while run.advance() and not interrupted:
             time.sleep(0.02)
         if interrupted:
@@ -284,6 +306,7 @@ def main(action, card=""):
             raise InputError(f"FROM is '{source}': expected a run folder with a stages.jsonl")
         if source and Path(source).resolve() == Path(os.environ["OUT"]).resolve():
             raise InputError("FROM and OUT are the same folder: give OUT a new one")
+        settings.settle_date()
         stages = read_plan(sys.stdin.read())
         if action == "dry-run":
             return dry_run(stages)

@@ -27,7 +27,8 @@ from core.download import from_release
 from core.endpoint import Endpoint
 from core.judge import average_orders
 from core.records import InputError, read_jsonl, write_jsonl
-from core.tokens import user_prompt
+from core.tokens import question_of, user_prompt
+from core.verdict import TRIAL
 from tasks import add_data_flags, check_data_flags, write_training
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 1024, 512
@@ -43,7 +44,9 @@ grades = {}       # (prompt, reference, completion) -> probability, of this proc
 
 def key(record):
     """What a grade depends on."""
-    return record["prompt"], record["reference"], record["completion"]
+    prompt = record["prompt"]       # text or messages
+    return (prompt if isinstance(prompt, str) else question_of(prompt), record["reference"],
+            record["completion"])
 
 
 def endpoint():
@@ -53,6 +56,11 @@ def endpoint():
         raise InputError("ILR_JUDGE_URL is not set: "
                          "the OpenAI-compatible endpoint whose model grades answers")
     return Endpoint(url, os.environ.get("ILR_JUDGE_MODEL"), "ILR_JUDGE")
+
+
+def endpoints():
+    """The endpoints that grading asks."""
+    return [endpoint()]
 
 
 def warm(records):
@@ -132,7 +140,7 @@ def check(args):
 def main(args):
     check(args)
     # try now what grades, not after days of training
-    endpoint().preferences([("Name a color.", "Blue.", "Seven.")])
+    endpoint().preferences([TRIAL])
     out, records = Path(args.out), {}
     for split in ("train", "test"):
         rows = rows_of(split, Path(args.data_dir))

@@ -12,11 +12,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import judge_server
 import pytest
 import torch
 from conftest import ROOT, Interrupted, interrupt_after, rows, run
+from judge_server import Server, chat, endpoint
 from kill_test import PAIR, call
 
 import compare
@@ -29,245 +30,9 @@ from core.models import open_model
 from core.records import InputError, write_jsonl
 from tasks import arithmetic, saferpaca
 
+server = judge_server.server        # the fixture
 DATA = ROOT.parent / "shared/data/saferpaca"
 real = pytest.mark.skipif(not DATA.exists(), reason=f"needs the SaferPaca file in {DATA}")
-ASKED = re.compile(r"<request>\n(.*)\n</request>\n\n<answer_A>\n(.*)\n</answer_A>\n\n"
-                   r"<answer_B>\n(.*)\n</answer_B>", re.S)
-
-
-def better(prompt, a, b):
-    """The server's taste: the longer answer; of equally long ones the first it reads."""
-    return "B" if len(b) > len(a) else "A"
-
-
-def chat(text, top=None):
-    choice = {"message": {"role": "assistant", "content": text}}
-    if top:
-        likely = [{"token": t, "logprob": p} for t, p in top.items()]
-        choice["logprobs"] = {"content": [
-            {"token": "So", "logprob": 0, "top_logprobs": []},
-            {"token": text[-1], "logprob": -0.1, "top_logprobs": likely}]}
-    return {"choices": [choice]}
-
-
-class Server:
-    """An OpenAI-compatible server.
-
-    says(handler, route, body) makes each reply: an object, (status, text, headers), or None.
-    """
-
-    def __init__(self):
-        self.requests, self.at_once, self.most = [], 0, 0
-        self.says, self.lock = self.good, threading.Lock()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *_):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with outer.lock:
-                    outer.requests.append((self.path, body, dict(self.headers)))
-                    outer.at_once += 1
-                    outer.most = max(outer.most, outer.at_once)
-                try:
-                    said = outer.says(self, self.path, body)
-                finally:
-                    with outer.lock:
-                        outer.at_once -= 1
-                if said is None:
-                    return
-                status, text, headers = said if isinstance(
-                    said, tuple) else (200, json.dumps(said), {})
-                with contextlib.suppress(OSError):      # a client that has given up
-                    self.send_response(status)
-                    for name, value in headers.items():
-                        self.send_header(name, value)
-                    self.send_header("Content-Length", str(len(text.encode())))
-                    self.end_headers()
-                    self.wfile.write(text.encode())
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-
-    @staticmethod
-    def good(handler, route, body):
-        if route == "/v1/embeddings":
-            text, = body["input"]
-            counts = [float(text.count(c)) + 0.01 for c in "abcdefghijklmnopqrstuvwxyz"]
-            return {"data": [{"embedding": counts}]}
-        return chat("Both are fair.\n"
-                    + better(*ASKED.search(body["messages"][0]["content"]).groups()))
-
-
-@pytest.fixture()
-def server(tmp_path, monkeypatch):
-    server = Server()
-    monkeypatch.setenv("ILR_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("ILR_JUDGE_URL", server.url)
-    monkeypatch.setenv("ILR_JUDGE_MODEL", "m")
-    monkeypatch.setenv("ILR_JUDGE_KEY", "sk-secret")
-    monkeypatch.setenv("ILR_COMPARE_KEY", "sk-compare")
-    monkeypatch.setattr(saferpaca, "grades", {})
-    monkeypatch.setattr(core.endpoint, "LONGEST_WAIT", 0.05)
-    yield server
-    server.http.shutdown()
-    server.http.server_close()
-
-
-def endpoint(server):
-    return core.endpoint.Endpoint(server.url, "m", "ILR_JUDGE")
-
-
-# ---------------------------------------------------------------- the endpoint
-def test_both_orders_are_asked_once_and_kept(server, tmp_path):
-    questions = [("q", "short", "a longer one"), ("q", "a longer one", "short"),
-                 ("r", "same", "size"), ("q", "short", "a longer one")]
-    assert endpoint(server).preferences(questions) == [(1, 0), (0, 1), (0, 0), (1, 0)]
-    assert len(server.requests) == 4
-    assert {path for path, _, _ in server.requests} == {"/v1/chat/completions"}
-    sent = {(b["model"], b["temperature"], b["seed"], h["Authorization"])
-            for _, b, h in server.requests}
-    assert sent == {("m", 0, 0, "Bearer sk-secret")}
-    assert endpoint(server).preferences(questions[::-1]) == [(1, 0), (0, 0), (0, 1), (1, 0)]
-    assert len(server.requests) == 4
-    kept = list((tmp_path / "cache").rglob("*.json"))
-    assert len(kept) == 4 and not any("sk-secret" in p.read_text() for p in kept)
-    kept[0].write_text("{")                 # broken: asked again
-    endpoint(server).preferences(questions)
-    assert len(server.requests) == 5
-    core.endpoint.Endpoint(server.url, "other", "ILR_JUDGE").preferences(questions)
-    assert len(server.requests) == 9        # another model: other content
-
-
-OTHER_LETTER = {"content": [{"token": "A", "top_logprobs": [{"token": "A", "logprob": 0}]}]}
-
-
-@pytest.mark.parametrize("reply, p", [
-    (chat("A"), 0), (chat("Well.\n\nB\n"), 1), (chat("It is: **B**."), 1), (chat("Sure. `A`"), 0),
-    (chat("x\nB", {"B": -0.1, "A": -2.3, "C": -1}), 1 / (1 + 2.718281828459045 ** -2.2)),
-    (chat("x\nB", {"B": -0.1}), 1), (chat("x\nA", {"A": -1, " A": -1, "B": -1}), 1 / 3),
-    (chat("x\nB", {"C": -1}), 1), (chat("x\nB", {"B": "?"}), 1),
-    ({"choices": [{**chat("x\nB")["choices"][0], "logprobs": OTHER_LETTER}]}, 1),
-    *[(r, None) for r in (
-        chat("both A and B"), chat("the better one is A"), chat(""), chat("C"), chat("A or B?"),
-        chat("AB"), chat("BANANA"), chat("A\nis what I say"), {}, {"choices": []},
-        {"choices": [{"message": {"content": None}}]}, {"choices": 3})]])
-def test_reading_a_verdict(reply, p):
-    if p is None:
-        with pytest.raises(core.endpoint.Unreadable):
-            core.endpoint.probability_of_b(reply)
-    else:
-        # float64 arithmetic
-        assert core.endpoint.probability_of_b(reply) == pytest.approx(p, abs=1e-12)
-
-
-def test_a_long_reply_is_read_in_no_time():
-    start = time.monotonic()
-    with pytest.raises(core.endpoint.Unreadable):
-        core.endpoint.probability_of_b(chat("\n" * 10**6 + "`" * 10**6 + "x"))
-    assert time.monotonic() - start < 5     # a pattern that tries every line break takes hours
-
-
-def test_failing_servers_are_asked_again(server):
-    failures = [(500, "oops", {}), (429, "busy", {"Retry-After": "0"}), (503, "", {}),
-                (200, "<html>", {}), (200, "[1]", {})]
-    left = {}
-
-    def says(handler, route, body):
-        todo = left.setdefault(body["messages"][0]["content"], list(failures))
-        return todo.pop() if todo else Server.good(handler, route, body)
-    server.says = says
-    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)]
-    assert len(server.requests) == 12
-
-
-def test_a_reply_without_a_verdict_is_asked_for_with_another_seed(server):
-    def says(handler, route, body):
-        return Server.good(handler, route, body) if body["seed"] == 2 else chat("I cannot say.")
-    server.says = says
-    assert endpoint(server).preferences([("q", "short", "a longer one")]) == [(1, 0)]
-    assert len(server.requests) == 6
-
-
-@pytest.mark.parametrize("says, message, most", [
-    ((401, '{"error": "wrong key sk-secret \x1b[2J"}', {}),
-     r"after 1 of 3 tries: ILR_JUDGE_KEY is refused: HTTP 401: .*wrong key \[key\]", 1),
-    ((400, "x" * 65530 + "sk-secret" * 100, {}), "after 1 of 3 tries: HTTP 400: xxx", 1),
-    ((200, "you sent Bearer sk-secret", {}), r"you sent Bearer \[key\]", 3),
-    (chat("you sent Bearer sk-secret"), r"you sent Bearer \[key\]", 3),
-    ((503, "busy", {"Retry-After": "\u00b2"}), "HTTP 503: busy", 3),
-    ((307, "", {"Location": "http://127.0.0.1:1/"}), "after 1 of 3 tries: HTTP 307", 1),
-    ((500, "down", {}), "after 3 of 3 tries: HTTP 500: down", 3),
-    ((200, "nonsense", {}), "3 tries: the reply is not JSON: nonsense", 3),
-    ((200, "[" * 10**6, {}), "3 tries: the reply is not JSON", 3),
-    (chat("Neither \x1b[2J"), "does not end in A or B alone: Neither", 3), (None, "3 tries: ", 3)])
-def test_a_server_that_never_answers_well_ends_the_stage(server, monkeypatch, says, message, most):
-    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 3)
-    monkeypatch.setenv("ILR_JUDGE_CONCURRENCY", "1")
-    server.says = lambda *_: says
-    with pytest.raises(OSError, match=message) as e:
-        endpoint(server).preferences([("q", "short", f"a longer one {i}") for i in range(30)])
-    assert len(server.requests) == most and "sk-secret" not in str(e.value)
-    assert "\x1b" not in str(e.value)
-
-
-@pytest.mark.parametrize("how", ["hangs", "drips", "is not there"])
-def test_a_server_that_hangs(server, monkeypatch, how):
-    released = threading.Event()
-
-    def says(handler, route, body):
-        if how == "hangs":
-            released.wait(20)
-            return None
-        handler.send_response(200)
-        handler.end_headers()
-        with contextlib.suppress(OSError):
-            while not released.wait(0.05):
-                handler.wfile.write(b" ")
-                handler.wfile.flush()
-    server.says = says
-    monkeypatch.setattr(core.endpoint, "ATTEMPTS", 2)
-    monkeypatch.setattr(core.endpoint, "TIMEOUT", 0.3)
-    if how == "is not there":
-        server.url = "http://127.0.0.1:1/v1"
-    start = time.monotonic()
-    with pytest.raises(OSError, match="after 2 of 2 tries"):
-        endpoint(server).preferences([("q", "short", "a longer one")])
-    assert time.monotonic() - start < 15        # 2 tries of 0.3 s, on a busy machine
-    released.set()
-
-
-def test_requests_are_side_by_side_but_bounded(server, monkeypatch):
-    def slow(*request):
-        time.sleep(0.1)
-        return Server.good(*request)
-    server.says = slow
-    monkeypatch.setenv("ILR_JUDGE_CONCURRENCY", "4")
-    endpoint(server).preferences([(str(i), "short", "a longer one") for i in range(12)])
-    assert len(server.requests) == 24 and 2 <= server.most <= 4
-
-
-@pytest.mark.parametrize("url, model, names, message", [
-    ("ftp://x", "m", {}, "expected http"),
-    ("http://h/v1/chat/completions", "m", {}, "ends before /chat"),
-    ("http://h/v1?api_key=secret", "m", {}, "without a user, a key or a query"),
-    ("http://[::1/v1", "m", {}, "expected http"), ("http://h:abc/v1", "m", {}, "expected http"),
-    ("https://key@host/v1", "m", {}, "without a user, a key or a query"),
-    ("http://", "m", {}, "expected http"), ("http://h/v1", "", {}, "set ILR_JUDGE_MODEL"),
-    ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "0"}, "from 1 to 1000"),
-    ("http://h", "m", {"ILR_JUDGE_CONCURRENCY": "x"}, "from 1 to 1000"),
-    ("http://h", "m", {"ILR_JUDGE_KEY": "a\nb"}, "word of ASCII"),
-    ("http://h", "m", {"ILR_JUDGE_KEY": "\u00e9"}, "word of ASCII")])
-def test_bad_settings(monkeypatch, url, model, names, message):
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message) as e:
-        core.endpoint.Endpoint(url, model, "ILR_JUDGE")
-    assert "a\nb" not in str(e.value)
 
 
 # ---------------------------------------------------------------- compare.py score
@@ -634,7 +399,7 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     """Every stage of `run_ilr.sh saferpaca`, with the shipped base models, graded by a server of
     this one."""
     short = [r for r in map(json.loads, (DATA / "test.jsonl").read_text().splitlines())
-             if len(r["answer"]) < 300]
+             if len(r["answer"]) < 80]       # learned well enough to end: DPO needs chosen ones
     general, safety = ([r for r in short if r["category"] == c] for c in saferpaca.CATEGORIES)
     (tmp_path / "in").mkdir()
     write_jsonl(tmp_path / "in/train.jsonl", general[:32] + safety[:32])
@@ -642,7 +407,7 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in",
                 ROUNDS=1, JOBS=2, LORA_RANK=0, CHECKPOINTS="50", WEAK_MODEL=PAIR / "weak",
                 STRONG_MODEL=PAIR / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
-                DECODING="--max-new-tokens 40", EMBEDDER=PAIR / "strong", WEAK_LR="3e-3",
+                DECODING="--max-new-tokens 120", EMBEDDER=PAIR / "strong", WEAK_LR="3e-3",
                 WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=10, SFT_BATCH=8,
                 JUDGE_LR="1e-3", JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1,
                 ILR_JUDGE_URL=server.url, ILR_JUDGE_MODEL="m", ILR_CACHE=tmp_path / "cache",
