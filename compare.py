@@ -27,33 +27,38 @@ from core import judge
 from core.cli import make_parser, positive, rate, run_stage, share, short, whole
 from core.distributed import first, rank, shard, summed, world
 from core.embeddings import alike
-from core.endpoint import Endpoint, is_url
+from core.endpoint import Endpoint, embedder, is_url
 from core.memory import attempts, check_memory
 from core.models import add_device_flags, open_model, pick_device, pick_dtype, save_model
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import pack
-from core.records import InputError, write_json, write_jsonl
+from core.records import InputError, check_fields, cut_off, write_json, write_jsonl
 from core.tokens import open_tokenizer
 from core.training import Training, add_training_flags
 from core.unfinished import finished, partial_path, refuse_existing
-from tasks import fields_for_grading, get_task, may_grade, warm
+from tasks import fields_for_grading, get_task, may_grade, warm, why_no_pairs
 
 
 # ---------------------------------------------------------------- train
 def training_pairs(args, task, samples):
+    """(the judge's pairs, why they teach it nothing of right and wrong: "" if they can)."""
     if not hasattr(task, "judge_pairs"):
         warm(task, *samples)
-    return judge.make_pairs(task, samples, args.seed, args.wrong_per_problem)
+    pairs = judge.make_pairs(task, samples, args.seed, args.wrong_per_problem)
+    return pairs, why_no_pairs(args.task, samples)
 
 
 def train(args):
     folder = partial_path(__file__, args.out, vars(args), [args.model, args.gold, *args.data])
     task = get_task(args.task)
     samples, problems = judge.read_samples(args.data, args.gold)
-    splits = judge.three_splits(first(lambda: training_pairs(args, task, samples)), args.seed)
+    pairs, why = first(lambda: training_pairs(args, task, samples))
+    splits = judge.three_splits(pairs, args.seed)
     if not all(splits):
         raise InputError(f"{args.gold}: {problems} problems are too few for three splits of "
-                         "training pairs")
+                         f"training pairs: {why or f'they give {len(pairs)}'}")
+    if why:
+        print(f"note: {why}")
 
     import numpy as np
     import torch
@@ -147,6 +152,9 @@ def train(args):
         "epochs": round(done / steps_per_epoch, 2), "stop_losses": history}))
     training.finish(args.out, read_tokens=checks * sum(len(ids) for ids, _ in stopping)
                     + sum(len(ids) for ids, _ in reported))
+    if accuracy <= 0.5:
+        print(f"note: {args.out}: no better than a coin on its held-out pairs: it has learnt "
+              "nothing that holds for other problems")
     print(f"{args.out}: accuracy {accuracy:.1%} on {len(reported) // 2} held-out pairs, "
           f"{flips:.1%} of them flip with the order; {len(examples) // 2} training pairs, "
           f"{done / steps_per_epoch:.1f} of {args.epochs} epochs")
@@ -186,6 +194,8 @@ def score(args):
                           [args.a, *(args.b or []), args.judge])
     results, more, cost = {}, {}, {}
     if args.judge == "oracle":
+        for r in (r for _, *sides, _ in asked.values() for r in sides):
+            check_fields(r, ("reference",), r.place)
         warm(task, [a for _, a, _, _ in asked.values()], [b for _, _, b, _ in asked.values()])
         results = judge.ask_oracle(task, asked)
     elif args.judge == "human":
@@ -204,7 +214,8 @@ def score(args):
             ab, ba = 1 - ab, 1 - ba
         comparisons.append({
             **key, "prompt": a["prompt"], "completion_a": a["completion"],
-            "completion_b": b["completion"], **fields_for_grading(task, a), "agree": agree,
+            "completion_b": b["completion"], **cut_off(truncated_a=a, truncated_b=b),
+            **fields_for_grading(task, a), "agree": agree,
             "prob_b_ab": ab, "prob_b_ba": ba,
             "prob_b": None if agree else judge.average_orders(ab, ba), **more.get(i, {})})
     result = judge.measure(comparisons, grades_of(task, comparisons))
@@ -233,10 +244,21 @@ def check(args):
     if args.b and not hasattr(task, "agree") and not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an "
                          "--embedder")
+    if args.judge == "oracle" and not args.task:
+        raise InputError("--judge oracle needs --task, whose grades are its answers")
     if is_url(args.judge):
         Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
     if world() > 1 and (args.judge in ("oracle", "human") or is_url(args.judge)):
         raise InputError(f"--judge {args.judge} runs no model here: start it without torchrun")
+
+
+def endpoints(args):
+    """The endpoints that main(args) asks. A run tries them before it trains anything."""
+    if args.command == "train":
+        return []
+    found = [Endpoint(args.judge, args.judge_model, "ILR_COMPARE")] if is_url(args.judge) else []
+    embeds = args.b and not hasattr(get_task(args.task), "agree") and is_url(args.embedder)
+    return found + ([embedder(args.embedder)] if embeds else [])
 
 
 def main(args):
@@ -276,7 +298,8 @@ def parser():
                    help="which: by chance, or all about the same problems")
     s.add_argument("--embedder", help="for tasks that compare answers by embeddings: folder or "
                    "hub name of a model, or an endpoint's URL")
-    s.add_argument("--task", required=True)
+    s.add_argument("--task", help="whose rule says which completions agree; without it the same "
+                   "text agrees, and nothing is graded")
     s.add_argument("--a", required=True, help="records: the present completions (or samples)")
     s.add_argument("--b", nargs="+", help="records: the proposed completions; without it, the "
                    "samples of --a are paired two by two")

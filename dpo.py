@@ -28,7 +28,7 @@ from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import labelled_share
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
 from core.probe import probe
-from core.records import InputError, read_jsonl
+from core.records import InputError, complete, read_jsonl
 from core.tokens import open_tokenizer, set_stops
 from core.training import (
     Training,
@@ -166,13 +166,18 @@ def open_for_training(path, args, device, tokenizer, sides):
 
 
 def select_records(args):
-    """The pairs to train on: those whose chosen completion the task can parse, as in the release.
-    """
+    """The pairs to train on: those whose chosen completion the task can parse, as in the release,
+    and that was not cut off."""
     pairs = read_jsonl(args.data, ("id", "prompt", "chosen", "rejected"), ("id", "pair"))
-    kept = parsable(args.task, pairs, "chosen", "chosen completions cannot be parsed: their pairs "
-                    "are left out") if args.task else pairs
-    if not kept:
+    parsed = parsable(args.task, pairs, "chosen", "chosen completions cannot be parsed: their "
+                      "pairs are left out") if args.task else pairs
+    if not parsed:
         raise InputError(f"{args.data}: none of its {len(pairs)} chosen completions can be parsed")
+    kept = complete(parsed, "chosen_truncated", "chosen completions were cut off at a token limit: "
+                    "their pairs are left out")
+    if not kept:
+        raise InputError(f"{args.data}: all of its {len(parsed)} chosen completions that can be "
+                         "used were cut off: raise --max-new-tokens of generate.py")
     return kept
 
 
@@ -296,7 +301,7 @@ def parser():
     p = make_parser(__doc__, prog="dpo.py")
     p.add_argument("--model", required=True, help="folder or hub name of the policy to start from")
     p.add_argument("--reference", help="folder or hub name of the reference (default: --model)")
-    p.add_argument("--data", required=True, help="records with id, prompt, chosen, rejected")
+    p.add_argument("--data", required=True, help="records with prompt, chosen, rejected")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--task", help="leave out pairs whose chosen completion it cannot parse")
     p.add_argument("--loss", default="sigmoid", choices=list(LOSSES),

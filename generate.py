@@ -42,7 +42,7 @@ def select_records(args, data, half):
 
 def encode_prompts(args, tokenizer, data, records):
     """Token ids of every record's prompt; InputError if one is empty or too long."""
-    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in records]
+    prompts = [encode_prompt(tokenizer, r["prompt"], r.place) for r in records]
     for r, prompt in zip(records, prompts, strict=True):
         if not prompt:
             raise InputError(f"{data}: the prompt of {r['id']} is empty, and the tokenizer has no "
@@ -95,9 +95,10 @@ def generate_file(args, model_path, data, out, half):
     from tqdm import tqdm
     device = pick_device(args.device)
     tokenizer = open_tokenizer(model_path, args.chat_template)
+    prompts = encode_prompts(args, tokenizer, data, records)
     model = open_model(model_path, device, load_in_4bit=args.load_in_4bit,
                        dtype=pick_dtype(args.dtype, device)).eval()
-    prompts, eos = encode_prompts(args, tokenizer, data, records), stop_ids(tokenizer, model)
+    eos = stop_ids(tokenizer, model)
     # a job is one sample of one record: (index of the record, number of the sample)
     jobs = [(i, s) for i in range(len(records)) for s in range(args.num_samples)]
     jobs.sort(key=lambda job: (-len(prompts[job[0]]), job))
@@ -174,7 +175,7 @@ def main(args):
 def parser():
     p = make_parser(__doc__, prog="generate.py")
     p.add_argument("--model", required=True, nargs="+", help="folders or hub names")
-    p.add_argument("--data", required=True, nargs="+", help="records with id, prompt")
+    p.add_argument("--data", required=True, nargs="+", help="records with prompt, or messages")
     p.add_argument("--out", required=True, nargs="+", help="files to write")
     p.add_argument("--temperature", type=amount, default=0.0, help="0 is greedy")
     p.add_argument("--num-samples", type=positive, default=1, help="completions per prompt")

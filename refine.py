@@ -38,8 +38,8 @@ from tasks import get_task, may_grade, warm
 
 METHODS = {"ilr": ("labels", "comparisons"), "oracle": ("labels", "comparisons"),
            "naive": ("labels", "proposals"), "clean": ("labels",), "pairs": ("comparisons",)}
-JUDGED = ("id", "pair", "prompt", "completion_a", "completion_b", "agree", "prob_b_ab",
-          "prob_b_ba", "prob_b")
+JUDGED = ("id", "pair", "prompt", "completion_a", "completion_b", "truncated_a", "truncated_b",
+          "agree", "prob_b_ab", "prob_b_ba", "prob_b")
 
 
 # ---------------------------------------------------------------- which labels are replaced
@@ -67,14 +67,27 @@ def random_ids(labels, alpha, seed, round_):
 
 def refine(labels, proposals, accepted, round_):
     """New labels, in the order of the labels: the proposal where its id is accepted, else the
-    label. proposals: {id: (completion, prob_b or None)} of every label."""
+    label. proposals: {id: (completion, whether it was cut off, prob_b or None)} of every label."""
     rows = []
     for label in labels:
-        completion, prob_b = proposals[label["id"]]
+        completion, truncated, prob_b = proposals[label["id"]]
         if label["id"] in accepted:
-            label = {**label, "completion": completion, "source": "proposal", "round": round_}
+            label = replaced(label, completion, truncated, source="proposal", round=round_)
         rows.append({**label, "accepted": label["id"] in accepted, "prob_b": prob_b})
     return rows
+
+
+def replaced(label, completion, truncated, **more):
+    """A label with another completion; `truncated` says whether the new one was cut off."""
+    label = {**label, "completion": completion, **more}
+    if truncated or "truncated" in label:
+        label["truncated"] = bool(truncated)
+    return label
+
+
+def proposals_of(comparisons):
+    """The proposals of `refine`: the B of these comparisons."""
+    return {c["id"]: (c["completion_b"], c.get("truncated_b"), c["prob_b"]) for c in comparisons}
 
 
 # ---------------------------------------------------------------- which pairs are trained on
@@ -92,13 +105,27 @@ def preference_pairs(comparisons, alpha, seed):
     count = math.floor(Fraction(str(alpha)) * len(comparisons))
     pairs = []
     for c in decided[:count]:
-        chosen, rejected, prob = c["completion_a"], c["completion_b"], 1 - c["prob_b"]
+        chosen, rejected, prob = "a", "b", 1 - c["prob_b"]
         if c["prob_b"] > 0.5:
             chosen, rejected, prob = rejected, chosen, c["prob_b"]
+        cut = {f"{name}_truncated": True for name, side in (("chosen", chosen),
+               ("rejected", rejected)) if c.get(f"truncated_{side}")}
         more = {k: v for k, v in c.items() if k not in JUDGED}
         pairs.append({"id": c["id"], "pair": c.get("pair", 0), "prompt": c["prompt"],
-                      "chosen": chosen, "rejected": rejected, "prob_chosen": prob, **more})
+                      "chosen": c[f"completion_{chosen}"], "rejected": c[f"completion_{rejected}"],
+                      "prob_chosen": prob, **cut, **more})
     return sorted(pairs, key=lambda p: (dumps(p["id"]), p["pair"]))
+
+
+def why_no_pairs(comparisons, alpha):
+    """Why `preference_pairs` keeps none, in words."""
+    pairs, asked = f"{len(comparisons)} pairs", [c for c in comparisons if not c["agree"]]
+    if not asked:
+        return f"both completions are the same in all {pairs}: raise --temperature of generate.py"
+    if all(c["prob_b"] == 0.5 for c in asked):
+        return (f"the judge prefers neither side in any of the {pairs}: it has learnt nothing "
+                "(oracle: both sides are right, or both wrong)")
+    return f"--max-replace {alpha} of {pairs} is no whole pair"
 
 
 # ---------------------------------------------------------------- what it was worth
@@ -166,8 +193,7 @@ def write_pairs(task, args):
     # ABLATION: which pairs DPO is trained on
     pairs = preference_pairs(comparisons, args.max_replace, args.seed)
     if not pairs:
-        raise InputError(f"{args.comparisons[0]}: the judge prefers neither side in any of the "
-                         f"{len(comparisons)} pairs")
+        raise InputError(f"{args.comparisons[0]}: {why_no_pairs(comparisons, args.max_replace)}")
     result, text = measure_pairs(task, pairs, len(comparisons))
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, pairs)
@@ -202,12 +228,12 @@ def write_refined(task, args):
     if args.method == "naive":
         sources = args.proposals
         records = [r for path in sources for r in read_jsonl(path, ("id", "completion"))]
-        proposals = {r["id"]: (r["completion"], None) for r in records}
+        proposals = {r["id"]: (r["completion"], r.get("truncated"), None) for r in records}
         accepted = random_ids(labels, args.max_replace, args.seed, args.round)
     else:
         sources = args.comparisons
         comparisons = read_comparisons(sources[0], labels, args.labels)
-        proposals = {c["id"]: (c["completion_b"], c["prob_b"]) for c in comparisons}
+        proposals = proposals_of(comparisons)
         if args.method == "oracle":
             accepted = {c["id"] for c in comparisons if not c["agree"] and c["prob_b"] > 0.5}
         else:
@@ -217,16 +243,23 @@ def write_refined(task, args):
     if missing:
         raise InputError(f"{' '.join(sources)}: id {missing[0]} of {args.labels} is missing")
     new = refine(labels, proposals, accepted, args.round)
-    proposed = [{**r, "completion": proposals[r["id"]][0]} for r in labels]
-    result = measure(task, labels, new, proposed)
+    result = measure(task, labels, new,
+                     [{**r, "completion": proposals[r["id"]][0]} for r in labels])
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, new)
+    if not accepted and args.method != "naive":
+        why = "the judge prefers none of the proposals that may replace one"
+        if not result["asked"]:
+            why = "every proposal agrees with its label"
+        print(f"note: {args.out}: no label was replaced, {why}: the next training repeats the last")
     print(f"{args.out}: {in_words(result, len(new))}")
 
 
 def check(args):
     """Refuse what cannot work, judging by the arguments alone."""
     get_task(args.task)
+    if args.method == "clean" and not args.task:
+        raise InputError("--method clean needs --task, whose grades say what is wrong")
     if args.comparisons and len(args.comparisons) > 1:
         raise InputError(f"--method {args.method} reads one file of --comparisons, not "
                          f"{len(args.comparisons)}")
@@ -253,7 +286,7 @@ def parser():
     p.add_argument("--labels", help="present labels, one per problem")
     p.add_argument("--comparisons", nargs="+", help="what `compare.py score` wrote")
     p.add_argument("--proposals", nargs="+", help="naive: the proposed completions")
-    p.add_argument("--task", required=True, help="whose grade the summary uses")
+    p.add_argument("--task", help="whose grade the summary uses; without it nothing is graded")
     p.add_argument("--out", required=True, help="file to write; OUT.summary stands beside it")
     p.add_argument("--max-replace", type=share, default=0.15, help="alpha, a share")
     p.add_argument("--round", type=whole, default=1, help="written into the labels that are "

@@ -14,7 +14,8 @@ sees the same optimizer batches.
 
 Unlike the paper's release: token ids are those of generation (BOS + prompt, completion + EOS),
 the halves depend on (seed, round, id) and not on the order of rows, batches are packed, and
-labels that the task cannot parse are counted aloud.
+labels that the task cannot parse are counted aloud. Answers that a token limit cut off are never
+learned as finished ones.
 """
 import json
 import math
@@ -29,8 +30,8 @@ from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import completion_logps, labelled_share, pack
 from core.precision import exact_in
 from core.probe import probe
-from core.records import InputError, half_of, read_jsonl
-from core.tokens import encode_completion, encode_prompt, open_tokenizer, set_stops
+from core.records import InputError, complete, half_of, read_jsonl
+from core.tokens import encode_record, open_tokenizer, set_stops
 from core.training import (
     Training,
     add_lm_flags,
@@ -39,37 +40,47 @@ from core.training import (
     checkpoint_steps,
 )
 from core.unfinished import partial_path
-from tasks import get_task, parsable
+from tasks import get_task, parsable, unparsed
 
 
 def select_records(args):
-    """The records to train on: of the asked half, those that the task can parse."""
-    records = read_jsonl(args.data, ("id", "prompt", "completion"))
-    total = len(records)
+    """The records to train on: of the asked half, those that the task can parse and that were not
+    cut off."""
+    records = half = read_jsonl(args.data, ("id", "prompt", "completion"))
+    for r in records:
+        if isinstance(r.get("label"), bool):
+            raise InputError(f"{r.place}: has a `label`, as unpaired preferences (KTO) have, on "
+                             "which no stage trains: keep what is good, without the label")
     if args.half:
-        records = [r for r in records if half_of(args.seed, args.round, r["id"]) == args.half]
-    if args.task:
-        records = parsable(args.task, records, "completion",
-                           "labels cannot be parsed and are left out")
-    if not records:
-        raise InputError(f"{args.data}: none of its {total} records is left to train on")
-    return records
+        half = [r for r in records if half_of(args.seed, args.round, r["id"]) == args.half]
+    parsed = parsable(args.task, half, "completion", "labels cannot be parsed and are left "
+                      "out") if args.task else half
+    kept = complete(parsed, "truncated", "labels were cut off at a token limit and are left out")
+    if not kept:
+        raise InputError(f"{args.data}: none of its {len(records)} records is left to train on: "
+                         f"{len(records) - len(half)} are of the other half, "
+                         f"{len(half) - len(parsed)} cannot be parsed, {len(parsed)} were cut off"
+                         + (f": {unparsed(args.task, half)}" if half and not parsed else ""))
+    if not (args.prompt_weight or any(r["completion"] for r in kept)):
+        raise InputError(f"{args.data}: every completion is empty: nothing to learn")
+    return kept
 
 
 def encode_records(args, tokenizer, records):
     """[(token ids, loss weight of each token)] of the records that fit --max-length."""
-    sequences = []
-    for r in records:
-        prompt = encode_prompt(tokenizer, r["prompt"])
-        completion = encode_completion(tokenizer, r["completion"])
-        if len(prompt) + len(completion) <= args.max_length:
-            weights = [args.prompt_weight] * len(prompt) + [1.0] * len(completion)
-            sequences.append((prompt + completion, weights))
-    if len(sequences) < len(records):
-        print(f"{len(records) - len(sequences)} of {len(records)} records are longer than "
+    found = [encode_record(tokenizer, r, args.prompt_weight) for r in records]
+    fit = [parts for parts in found if all(len(ids) <= args.max_length for ids, _ in parts)]
+    # a sequence's first token is never a target: without BOS and prompt, EOS alone teaches nothing
+    sequences = [s for parts in fit for s in parts if any(s[1][1:])]
+    if len(fit) < len(records):
+        print(f"{len(records) - len(fit)} of {len(records)} records are longer than "
               f"--max-length {args.max_length} and left out")
     if not sequences:
-        raise InputError(f"{args.data}: no record fits --max-length {args.max_length}")
+        raise InputError(f"{args.data}: no record fits --max-length {args.max_length} and has a "
+                         "token to learn")
+    if any("messages" in r for r in records):
+        print(f"every answer in `messages` is trained: {len(fit)} conversations, "
+              f"{len(sequences)} sequences")
     return sequences
 
 
@@ -79,7 +90,7 @@ def new_model(init_config, device, dtype):
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, AutoModelForCausalLM
     try:
-        config = AutoConfig.for_model(**json.loads(Path(init_config).read_text()))
+        config = AutoConfig.for_model(**json.loads(Path(init_config).read_text("utf-8-sig")))
     except (OSError, ValueError, TypeError, StrictDataclassError) as e:
         raise InputError(f"{init_config}: not the JSON of a model config "
                          f"({str(e).splitlines()[0]})") from None
@@ -111,6 +122,7 @@ def main(args):
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
     tokenizer = open_tokenizer(args.model or args.tokenizer, args.chat_template)
+    sequences = encode_records(args, tokenizer, records)
     if args.model:
         model = open_model(args.model, device, load_in_4bit=args.load_in_4bit, shards=True,
                            dtype=dtype, trains=what_trains(args))
@@ -123,7 +135,6 @@ def main(args):
         model.gradient_checkpointing_enable()
     model.train()
 
-    sequences = encode_records(args, tokenizer, records)
     set_stops(model, tokenizer)
     probe(model, sequences, args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
@@ -177,7 +188,7 @@ def parser():
     p.add_argument("--model", help="folder or hub name of the model to finetune")
     p.add_argument("--init-config", help="JSON model config: start from random weights instead")
     p.add_argument("--tokenizer", help="folder of the tokenizer, with --init-config")
-    p.add_argument("--data", required=True, help="records with id, prompt, completion")
+    p.add_argument("--data", required=True, help="records with prompt and completion, or messages")
     p.add_argument("--out", required=True, help="folder to write")
     p.add_argument("--task", help="leave out completions that this task cannot parse")
     p.add_argument("--half", type=int, choices=[1, 2],

@@ -13,7 +13,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import cross_labelling, main
-from refine import accepted_ids, refine
+from refine import accepted_ids, proposals_of, refine
 
 NAME = "both-orders"
 WHAT = "ILR that replaces a label only where the judge says so in both orders"
@@ -38,8 +38,8 @@ def make(args, labels, *rounds):
                     c = {**c, "prob_b": 0.0}        # counts for the cap, and is refused
             judged.append(c)
         accepted = accepted_ids(judged, args.alpha)
-        proposals = {r["id"]: (r["completion"], None) for r in labels}
-        proposals.update({c["id"]: (c["completion_b"], c["prob_b"]) for c in comparisons})
+        proposals = {r["id"]: (r["completion"], r.get("truncated"), None) for r in labels}
+        proposals.update(proposals_of(comparisons))
         labels = refine(labels, proposals, accepted, k)
     return labels
 

@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 from core.cli import make_parser, run_stage, share, whole
 from core.records import InputError, dumps, read_jsonl, write_jsonl
 from core.unfinished import refuse_existing
+from refine import replaced
 from tasks import get_task, may_grade, warm
 
 TRIES = 100
@@ -27,7 +28,7 @@ def noisy(task, labels, gold, wrong_share, kind, seed):
     round(wrong_share n) of them. Raises InputError where there are too few errors to be had."""
     order, k = [r["id"] for r in labels], round(wrong_share * len(labels))
     random.Random(dumps([seed, "noise"])).shuffle(order)
-    new = {r["id"]: {**r, "completion": gold[r["id"]], "source": "gold"} for r in labels}
+    new = {r["id"]: replaced(r, gold[r["id"]], False, source="gold") for r in labels}
     if kind == "systematic":
         wrong = errors_of(task, labels)
         if len(wrong) < k:

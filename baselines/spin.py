@@ -12,6 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import main
+from core.records import cut_off
 
 NAME = "SPIN"
 WHAT = "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)"
@@ -26,12 +27,14 @@ def reads(seed_dir, k, start):
 
 
 def make(args, labels, samples):
-    label_of = {r["id"]: r["completion"] for r in labels}
+    label_of = {r["id"]: r for r in labels}
     pairs = []
     for r in samples:
-        if r["id"] in label_of and r["completion"] != label_of[r["id"]]:
+        label = label_of.get(r["id"], r)
+        if r["completion"] != label["completion"]:
             pairs.append({"id": r["id"], "pair": r.get("sample", 0), "prompt": r["prompt"],
-                          "chosen": label_of[r["id"]], "rejected": r["completion"]})
+                          "chosen": label["completion"], "rejected": r["completion"],
+                          **cut_off(chosen_truncated=label, rejected_truncated=r)})
     return pairs
 
 

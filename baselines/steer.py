@@ -16,6 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import cross_labelling, main
+from refine import replaced
 
 NAME = "steer"
 WHAT = ("SFT of labels and proposals conditioned on the judge's score, agreed labels without one, "
@@ -33,26 +34,32 @@ def reads(seed_dir, k, start):
 
 def ask_for(prompt, quality):
     """A prompt with the attribute that its completion has, or shall have."""
+    if isinstance(prompt, list):        # messages: the last is the question
+        *before, last = prompt
+        return [*before, {**last, "content": ask_for(last["content"], quality)}]
     role = "USER:\n" if prompt.startswith("USER:\n") else ""      # the question begins after it
     return f"{role}Quality: {quality}\n{prompt.removeprefix(role)}"
 
 
 def make(args, labels, *rounds):
     scores = {}        # id -> text -> its scores, texts in order of appearance
+    cut = set()        # (id, text) that a token limit cut off
     for comparisons in rounds:
         for c in comparisons:
             if not c["agree"]:
                 texts = scores.setdefault(c["id"], {})
                 texts.setdefault(c["completion_a"], []).append(1 - c["prob_b"])
                 texts.setdefault(c["completion_b"], []).append(c["prob_b"])
+                cut |= {(c["id"], c[f"completion_{side}"]) for side in "ab"
+                        if c.get(f"truncated_{side}")}
     rows = []
     for r in labels:
         if r["id"] not in scores:
             rows.append(r)
         for k, (text, found) in enumerate(scores.get(r["id"], {}).items()):
             quality = min(LEVELS - 1, math.floor(LEVELS * sum(found) / len(found)))
-            rows.append({**r, "id": f"{r['id']} text {k}", "completion": text,
-                         "prompt": ask_for(r["prompt"], quality)})
+            rows.append(replaced(r, text, (r["id"], text) in cut, id=f"{r['id']} text {k}",
+                                 prompt=ask_for(r["prompt"], quality)))
     return rows
 
 

@@ -6,7 +6,6 @@ Memory is what the stages themselves print or go by (core/needs.py), time is cor
 """
 import functools
 import importlib.util
-import json
 import math
 import os
 from collections import namedtuple
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from core.needs import plan, reading_bytes, row_bytes, rows_that_fit, state_bytes
 from core.plan import parsed
-from core.records import InputError
+from core.records import InputError, read_jsonl
 from core.roofline import CARDS, Made, Model
 
 DISK, START = 2e9, 30       # bytes a second; seconds until a stage that was started computes
@@ -73,7 +72,7 @@ class Estimate:
         file = Path(getattr(args, "data_dir", None) or "") / "test.jsonl"
         self.lengths, self.words = LENGTHS.get(task, OTHER), "as measured on the task's data"
         if task not in LENGTHS and file.is_file():
-            rows = list(map(json.loads, file.read_text("utf-8").splitlines()))
+            rows = read_jsonl(file, (), ())
             texts = [(len(str(r.get("question"))), len(str(r.get("answer")))) for r in rows]
             questions, answers = zip(*texts, strict=True)
             self.lengths = (sum(questions) // len(rows) // 3, sum(answers) // len(rows) // 3,

@@ -27,19 +27,30 @@ class Pairs(namedtuple("Pairs", "policy_chosen policy_rejected reference_chosen 
 
 
 def encode_pairs(args, tokenizer, records):
-    """[[chosen, rejected]] sequences (token ids, weights) of the pairs that fit --max-length."""
-    pairs = []
+    """[[chosen, rejected]] sequences (token ids, weights) of the pairs that fit --max-length and
+    whose two sides differ."""
+    fit, pairs = 0, []
     for r in records:
-        prompt = encode_prompt(tokenizer, r["prompt"])
+        prompt = encode_prompt(tokenizer, r["prompt"], getattr(r, "place", "a record"))
         sides = [encode_completion(tokenizer, r[k]) for k in ("chosen", "rejected")]
-        if len(prompt) + max(map(len, sides)) <= args.max_length:
+        if len(prompt) + max(map(len, sides)) > args.max_length:
+            continue
+        fit += 1
+        # the first token of a sequence is never a target
+        if sides[0] != sides[1] and len(prompt) + min(map(len, sides)) > 1:
             pairs.append([(prompt + side, [0.0] * len(prompt) + [1.0] * len(side))
                           for side in sides])
-    if len(pairs) < len(records):
-        print(f"{len(records) - len(pairs)} of {len(records)} pairs are longer than --max-length "
+    if fit < len(records):
+        print(f"{len(records) - fit} of {len(records)} pairs are longer than --max-length "
               f"{args.max_length} and left out")
-    if not pairs:
+    if len(pairs) < fit:
+        print(f"{fit - len(pairs)} of {fit} pairs have the same text on both sides, or none on one "
+              "and no prompt, and are left out")
+    if not fit:
         raise InputError(f"{args.data}: no pair fits --max-length {args.max_length}")
+    if not pairs:
+        raise InputError(f"{args.data}: chosen and rejected are the same in every pair: there is "
+                         "no preference to learn")
     return pairs
 
 

@@ -4,8 +4,11 @@ A file is JSON Lines: one object per line, UTF-8, joined with other files by `id
 """
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
+
+from core.conversations import folded, unfolded
 
 
 class InputError(Exception):
@@ -20,6 +23,22 @@ KINDS = {       # field -> (types allowed, their name in an error message); othe
     "prob_b": ((int, float, type(None)), "a probability or null"),
     "prompt": TEXT, "completion": TEXT, "completion_a": TEXT, "completion_b": TEXT,
     "chosen": TEXT, "rejected": TEXT, "question": TEXT, "answer": TEXT, "db_name": TEXT}
+# What a file may be that lacks a field: (the field, one that it has, what to do).
+OTHER_KINDS = [
+    ("prompt", "text", "language modelling: write the text as `completion`, and an empty `prompt`"),
+    ("prompt", "chosen", "preferences, which dpo.py trains on"),
+    ("completion", "chosen", "preferences, which dpo.py trains on"),
+    ("completion", "completions", "stepwise supervision, which no stage trains on"),
+    ("chosen", "completion", "demonstrations, which sft.py trains on"),
+    ("prompt", "messages", "demonstrations, which sft.py trains on")]
+
+
+class Record(dict):
+    """A line of a file; `place` is FILE:LINE, for error messages."""
+
+    def __init__(self, record, place):
+        super().__init__(record)
+        self.place = place
 
 
 def not_json(name):
@@ -30,7 +49,7 @@ def not_json(name):
 def read_lines(path):
     """The lines of a text file. Only a line feed ends a line: JSON strings may hold U+2028."""
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:     # without a byte order mark
             return f.read().split("\n")
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}") from None
@@ -42,9 +61,14 @@ def check_fields(record, fields, where):
     """Raise InputError unless the record holds every one of `fields`, each of its type in KINDS."""
     for name in fields:
         if name not in record:
-            raise InputError(f"{where}: field {name!r} is missing")
-        if name in KINDS and type(record[name]) not in KINDS[name][0]:
+            what = next((f"; this is {what}" for lacks, has, what in OTHER_KINDS
+                         if lacks == name and has in record), "")
+            raise InputError(f"{where}: field {name!r} is missing{what}")
+        conversation = name == "prompt" and isinstance(record[name], list)      # `unfolded` did it
+        if name in KINDS and type(record[name]) not in KINDS[name][0] and not conversation:
             raise InputError(f"{where}: field {name!r} must be {KINDS[name][1]}")
+    if not isinstance(record.get("truncated"), (bool, type(None))):
+        raise InputError(f"{where}: field 'truncated' must be true or false")
     if "prob_b" in fields:
         prob_b = record["prob_b"]
         if not (record["agree"] if prob_b is None else 0 <= prob_b <= 1):
@@ -52,36 +76,88 @@ def check_fields(record, fields, where):
                              "or null where the two agree")
 
 
+def as_text(reference, where):
+    """A reference as text: the JSON numbers 42, 42.0 and 4.2e1 are all "42"."""
+    if isinstance(reference, str):
+        return reference
+    if type(reference) is float and reference.is_integer() and abs(reference) < 1e16:
+        reference = int(reference)
+    if type(reference) not in (int, float) or not math.isfinite(reference):
+        raise InputError(f"{where}: field 'reference' must be a string or a number")
+    return str(reference)
+
+
+def one_form(record, first):
+    """Refuse a record that has no id, or no conversation, while the first of its file has one; or
+    the other way round."""
+    for what, form in (("an id", lambda r: "id" in r),
+                       ("messages", lambda r: isinstance(r.get("prompt"), list))):
+        if form(record) != form(first):
+            has = "has" if form(record) else "has not"
+            raise InputError(f"{record.place}: {has} {what}, unlike {first.place}: give all "
+                             "records one form")
+
+
 def read_jsonl(path, fields=("id",), key=("id",)):
     """Read a file of records. Each must hold `fields`, and no two may have the same `key` values.
 
+    Where no record has an id, the number of its line is its id. Conversations are read as
+    core/conversations.py says, and a reference that is a number as text.
     Raises InputError with file and line for: a missing or empty file, malformed JSON (NaN and
-    Infinity included), a missing field, a field of the wrong type (KINDS), a repeated key.
+    Infinity included), a missing field, a field of the wrong type (KINDS), a repeated key, records
+    of two forms.
     """
-    records, seen = [], {}
+    records, seen, first = [], {}, None
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
+        place = f"{path}:{number}"
         try:
             record = json.loads(line, parse_constant=not_json)
             # half of a surrogate pair, as it is or written \ud800, cannot be encoded
             (dumps(record) if "\\u" in line else line).encode()
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{path}:{number}: not JSON ({e})") from None
+            raise InputError(f"{place}: not JSON ({e})") from None
         if not isinstance(record, dict):
-            raise InputError(f"{path}:{number}: expected a JSON object, "
-                             f"found {type(record).__name__}")
-        check_fields(record, fields, f"{path}:{number}")
+            raise InputError(f"{place}: expected a JSON object, found {type(record).__name__}: "
+                             "write one object per line")
+        try:
+            record = Record(unfolded(record, fields), place)
+        except ValueError as e:
+            raise InputError(f"{place}: {e}") from None
+        if "id" in fields:
+            first = first or record
+            one_form(record, first)
+            if "id" not in record:
+                record = Record({"id": number, **record}, place)
+            if "reference" in record:
+                record["reference"] = as_text(record["reference"], place)
+        check_fields(record, fields, place)
         if key:
             values = tuple(json.dumps(record.get(k)) for k in key)
             if values in seen:
                 where = ", ".join(f"{k} {v}" for k, v in zip(key, values, strict=True))
-                raise InputError(f"{path}:{number}: {where} stands already in line {seen[values]}")
+                raise InputError(f"{place}: {where} stands already in line {seen[values]}")
             seen[values] = number
         records.append(record)
     if not records:
         raise InputError(f"{path}: holds no records")
     return records
+
+
+def complete(records, flag, what):
+    """The records whose answer was not cut off at a token limit, which `flag` says; tells how many
+    of these, `what`, were."""
+    kept = [r for r in records if not r.get(flag)]
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} {what}")
+    return kept
+
+
+def cut_off(**records):
+    """{name: True} of those records whose completion was cut off: the fields that carry `truncated`
+    on where a record holds two completions."""
+    return {name: True for name, record in records.items() if record.get("truncated")}
 
 
 def dumps(record):
@@ -114,8 +190,8 @@ def write_text(path, text):
 
 
 def write_jsonl(path, records):
-    """Write records, one JSON object per line."""
-    write_text(path, "".join(dumps(r) + "\n" for r in records))
+    """Write records, one JSON object per line; the answers to conversations as messages."""
+    write_text(path, "".join(dumps(folded(r)) + "\n" for r in records))
 
 
 def write_json(path, value):
@@ -126,7 +202,8 @@ def write_json(path, value):
 def read_json(path):
     """The object in a JSON file, or {} if there is no such file. Raises InputError for others."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8")) if Path(path).exists() else {}
+        text = Path(path).read_text(encoding="utf-8-sig") if Path(path).exists() else "{}"
+        value = json.loads(text)
     except ValueError as e:
         raise InputError(f"{path}: not JSON ({e})") from None
     if not isinstance(value, dict):

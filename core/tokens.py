@@ -1,7 +1,10 @@
 """Prompts and completions as token ids: the same in training, generation and judging."""
 import contextlib
+import datetime
 import gc
+import os
 
+from core.conversations import in_words
 from core.models import open_pretrained
 from core.records import InputError
 
@@ -12,7 +15,10 @@ def user_prompt(question):
 
 
 def question_of(prompt):
-    """The inverse of `user_prompt`, for a chat model, whose template writes the roles itself."""
+    """The inverse of `user_prompt`, for a chat model, whose template writes the roles itself; of a
+    conversation, its messages as one text."""
+    if isinstance(prompt, list):
+        return in_words(prompt)
     return prompt.removeprefix("USER:\n").removesuffix("\n\nASSISTANT:\n").strip()
 
 
@@ -29,6 +35,7 @@ def open_tokenizer(path, chat_template=False):
     gc.enable()
     tokenizer.as_chat = chat_template
     if chat_template:
+        fix_date()
         if not tokenizer.chat_template:
             raise InputError(f"--chat-template: {path} has none; a base model gets the plain "
                              "prompt format")
@@ -38,6 +45,24 @@ def open_tokenizer(path, chat_template=False):
     return tokenizer
 
 
+def fix_date():
+    """Let chat templates that write the date write that of the run, ILR_DATE; without it today's.
+
+    Raises InputError for what is no date. No template argument can do this: transformers hands a
+    template no function but its own, so the clock that this one reads is replaced.
+    """
+    from transformers.utils import chat_template_utils
+    day = os.environ.get("ILR_DATE") or datetime.date.today().isoformat()
+    try:
+        date = datetime.datetime.strptime(day, "%Y-%m-%d")
+    except ValueError:
+        raise InputError(f"ILR_DATE is '{day}': expected a date such as 2025-01-31") from None
+
+    class Clock:
+        now = staticmethod(lambda: date)
+    chat_template_utils.datetime = Clock
+
+
 def end_of_turn(tokenizer, path):
     """The first special token after an answer in the chat format, else the tokenizer's EOS."""
     import jinja2
@@ -45,7 +70,7 @@ def end_of_turn(tokenizer, path):
         b, c = (tokenizer.apply_chat_template([{"role": "user", "content": "a"},
                                                {"role": "assistant", "content": answer}],
                                               return_dict=False) for answer in "bc")
-        chat_prompt(tokenizer, "a")
+        chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
     except jinja2.TemplateError as e:
         raise InputError(f"--chat-template: that of {path} refuses a question and its answer "
                          f"({e})") from None
@@ -66,31 +91,54 @@ def text_ids(tokenizer, text):
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
 
-def chat_prompt(tokenizer, question):
-    """Token ids of one question in the model's own chat format.
+def chat_prompt(tokenizer, turns):
+    """Token ids of messages in the model's own chat format, up to where the answer begins.
 
-    Special tokens that the question spells out are text: where there are any, the question's
-    own ids are put between what the template writes before and after it. Raises InputError if
-    the template cannot be cut in two that way.
+    Special tokens that a message spells out are text: such a message's own ids are put between what
+    the template writes before and after it. Raises ValueError or jinja2.TemplateError if the
+    template refuses the messages, or cannot be cut that way.
     """
-    def templated(text):
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}],
-                                             add_generation_prompt=True, return_dict=False)
-    added = tokenizer.added_tokens_decoder.values()
-    if not any(t.special and t.content in question for t in added):
-        return templated(question)
-    a, b = templated("a"), templated("b")
-    at = first_difference(a, b)
-    if a[at + 1:] != b[at + 1:]:
-        raise InputError("--chat-template: this one repeats the question or depends on it, and "
-                         "the question spells out a special token")
-    return a[:at] + text_ids(tokenizer, question) + a[at + 1:]
+    def templated(turns):
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    spelled = [k for k, turn in enumerate(turns) if any(s in turn["content"] for s in special)]
+    if any(s in turn["role"] for turn in turns for s in special):
+        raise ValueError("a role spells out a special token")
+    if not spelled:
+        return templated(turns)
+    short = [{**turn, "content": "a"} if k in spelled else turn for k, turn in enumerate(turns)]
+    ids, texts = templated(short), {}       # texts: place in ids -> the message that belongs there
+    for k in spelled:
+        other = templated([*short[:k], {**turns[k], "content": "b"}, *short[k + 1:]])
+        at = first_difference(ids, other)
+        if ids[at + 1:] != other[at + 1:]:
+            raise ValueError("it repeats a message or depends on it, and the message spells out a "
+                             "special token")
+        if at < len(ids):       # else the template leaves this message out
+            texts[at] = turns[k]["content"]
+    for at in sorted(texts, reverse=True):
+        ids[at:at + 1] = text_ids(tokenizer, texts[at])
+    return ids
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt, with BOS first if the tokenizer has one."""
+def encode_prompt(tokenizer, prompt, place="a prompt"):
+    """Token ids of a prompt, text or messages, with BOS first if the tokenizer has one.
+
+    Raises InputError, which begins with `place`, for messages without --chat-template, and for
+    those that the template refuses.
+    """
     if getattr(tokenizer, "as_chat", False):
-        return chat_prompt(tokenizer, question_of(prompt))
+        import jinja2
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": question_of(prompt)}]
+        try:
+            return chat_prompt(tokenizer, prompt)
+        except (jinja2.TemplateError, ValueError, TypeError) as e:
+            why = " ".join(str(e).split())
+            raise InputError(f"{place}: the chat template refuses its messages ({why}): correct "
+                             "them, or leave the record out") from None
+    if isinstance(prompt, list):
+        raise InputError(f"{place}: messages need --chat-template")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + text_ids(tokenizer, prompt)
 
@@ -101,6 +149,30 @@ def encode_completion(tokenizer, completion):
     It is tokenized apart from the prompt, so that no token spans the border.
     """
     return text_ids(tokenizer, completion) + [tokenizer.eos_token_id]
+
+
+def encode_record(tokenizer, record, prompt_weight=0.0):
+    """[(token ids, loss weight of each token)] of a demonstration: prompt, completion, EOS.
+
+    Of a record with `messages`, every answer of the assistant's is trained: as one sequence, if the
+    chat template writes the messages before an answer as they were trained, else as more. Either
+    way an answer is trained behind the token ids behind which it would be generated.
+    """
+    turns, place = record["prompt"], getattr(record, "place", "a record")
+    questions = [(turns, record["completion"])]
+    if "messages" in record:
+        questions = [(turns[:k], turn["content"]) for k, turn in enumerate(turns)
+                     if turn["role"] == "assistant"] + questions
+    sequences = []
+    for prompt, completion in questions:
+        prompt = encode_prompt(tokenizer, prompt, place)
+        completion = encode_completion(tokenizer, completion)
+        weights = [prompt_weight] * len(prompt)
+        if sequences and prompt[:len(sequences[-1][0])] == sequences[-1][0]:
+            _, before = sequences.pop()
+            weights[:len(before)] = before
+        sequences.append((prompt + completion, weights + [1.0] * len(completion)))
+    return sequences
 
 
 def stop_ids(tokenizer, model):

@@ -4,6 +4,7 @@ A stage that makes `out` keeps its work in `.{out}.partial` until it is complete
 `.{out}.partial.json`, which says what the work is: arguments, sources, inputs. Work of another
 description is never continued.
 """
+import datetime
 import fcntl
 import json
 import os
@@ -14,7 +15,7 @@ from core.distributed import first, rank
 from core.records import InputError, dumps, write_text
 from core.sources import changes, fingerprint, sources_of
 
-UNKEYED = ("state_every",)      # arguments that change no result
+UNKEYED = ("state_every", "out")        # arguments that change no result
 begun = {}      # unfinished work of this process -> what it is
 locks = {}      # unfinished work that this process writes -> the open, locked file that says so
 
@@ -32,7 +33,10 @@ def partial_path(script, out, args, inputs):
     written before the stage has something to keep (`claim`).
     Raises InputError if `out` exists, or if another process is making it.
     """
-    return first(lambda: _partial_path(script, out, args, inputs))
+    partial, day = first(lambda: _partial_path(script, out, args, inputs))
+    if day:
+        os.environ["ILR_DATE"] = day
+    return partial
 
 
 def _partial_path(script, out, args, inputs):
@@ -41,16 +45,25 @@ def _partial_path(script, out, args, inputs):
     partial = out.with_name(f".{out.name}.partial")
     arguments = {f"--{k.replace('_', '-')}": json.loads(json.dumps(v, default=str))
                  for k, v in args.items() if k not in UNKEYED}
-    begun[partial] = {"arguments": arguments, "sources": sources_of(script, args.get("task")),
-                      "inputs": {str(path): fingerprint(path) for path in inputs}}
+    given = os.environ.get("ILR_DATE")
+    if args.get("chat_template"):       # the template may write the day
+        arguments["ILR_DATE"] = given or str(datetime.date.today())
+    now = {"arguments": arguments, "sources": sources_of(script, args.get("task")),
+           "inputs": {str(path): fingerprint(path) for path in inputs}}
+    begun[partial] = now
     release(partial)        # of an earlier start in this process
     if os.path.lexists(partial) or description(partial).exists():
         before = read_description(lock(partial))
-        if before != begun[partial] and os.path.lexists(partial):
-            why = changes(before, begun[partial]) or "nothing says what it was"
+        if "ILR_DATE" in arguments and not given:       # goes on with the day of its beginning
+            day = before.get("arguments", {}).get("ILR_DATE")
+            now = {**now, "arguments": {**arguments, "ILR_DATE": day}}
+        why = changes(before, now) if before else "nothing says what it was"
+        if not why:
+            begun[partial] = before     # inputs may lie elsewhere than they did
+        elif os.path.lexists(partial):
             print(f"note: {out}: unfinished work is not continued, and removed: {why}")
             remove(partial)
-    return partial
+    return partial, begun[partial]["arguments"].get("ILR_DATE")
 
 
 def claim(path):

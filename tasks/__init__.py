@@ -62,8 +62,41 @@ def parsable(name, records, field, what):
     return kept
 
 
+def unparsed(name, records):
+    """Why none of the answers can be parsed, in words; "" if the task can parse one of them."""
+    task, n = get_task(name), len(records)
+    if any(task.is_well_formed(r["completion"]) for r in records):
+        return ""
+    causes = [f"{len(found)} of {n} {what}" for what, found in (
+        ("are empty", [r for r in records if not r["completion"].strip()]),
+        ("are cut off, see --max-new-tokens", [r for r in records if r.get("truncated")])) if found]
+    return (f"none of the {n} answers can be parsed by task {name}: the model has not learnt the "
+            "format, or has lost it" + "".join(f"; {cause}" for cause in causes)
+            + ". Train it longer or at another learning rate")
+
+
+def why_no_pairs(name, samples):
+    """Why a judge can learn nothing of right and wrong from samples (lists of records, warm), in
+    words; "" if it can."""
+    task, records = get_task(name), [r for records in samples for r in records]
+    if hasattr(task, "judge_pairs") or any(task.grade(r) != 1 for r in records):
+        return unparsed(name, records)
+    return (f"all {len(records)} samples are right: there is no wrong answer to learn from. Sample "
+            "earlier checkpoints (CHECKPOINTS), or at a higher --temperature")
+
+
+class NoTask:
+    """What stands for a task where --task is not given: nothing is parsed or graded, and two
+    completions agree if they are the same text."""
+    COSTLY = True       # so no summary grades
+
+    @staticmethod
+    def agree(a, b):
+        return a["completion"].strip() == b["completion"].strip()
+
+
 def get_task(name):
-    """The module of a task. Raises InputError if there is no such file. A task has
+    """The module of a task; NoTask for None. Raises InputError if there is no such file. A task has
 
     parser()                      the ArgumentParser of `python tasks/NAME.py`
     check(args)                   refuses (InputError) arguments that cannot work, reading no file
@@ -83,6 +116,8 @@ def get_task(name):
     COSTLY                        True: grading costs money, so only what evaluate.py is asked to
                                   grade is graded
     warm(records)                 prepares the grading of these records, in parallel
+    endpoints()                   the endpoints that grading asks (core/endpoint.py): a run tries
+                                  them before it trains anything
     judge_pairs(problems, draw)   its own training pairs for the judge (core.judge.make_pairs)
     MAX_PROMPT_TOKENS, MAX_NEW_TOKENS   the longest prompt and answer, for the preset's DECODING
 
@@ -93,6 +128,8 @@ def get_task(name):
     learnt from), `reference` (what grade compares with; only measurements read it), and any further
     fields, which every stage carries along.
     """
+    if name is None:
+        return NoTask
     if name not in TASKS:
         raise InputError(f"--task {name}: there is no tasks/{name}.py; "
                          f"choose from {', '.join(TASKS)}")
