@@ -25,7 +25,7 @@ from pathlib import Path
 from core.cli import make_parser, run_stage, share
 from core.records import InputError, read_jsonl, write_json, write_jsonl
 from core.unfinished import refuse_existing
-from tasks import get_task, warm
+from tasks import get_task, unparsed, warm
 
 GRADED = ("id", "completion", "reference")      # the fields that a grade reads
 
@@ -47,6 +47,10 @@ def grade(args):
     if args.out:
         refuse_existing(args.out)
     records = read_jsonl(args.data, GRADED, ("id", "sample"))
+    if why := unparsed(args.task, records):
+        if args.refuse_unparsed:
+            raise InputError(f"{args.data}: {why}")
+        print(f"note: {args.data}: {why}")
     warm(task, records)
     graded = [{**r, "correct": rule(r)} for r in records]
     if args.out:
@@ -130,6 +134,11 @@ def check(args):
             raise InputError(f"--data has {len(args.data)} files for {len(args.models)} --models")
 
 
+def endpoints(args):
+    """The endpoints that main(args) asks. A run tries them before it trains anything."""
+    return [] if args.command == "report" else getattr(get_task(args.task), "endpoints", list)()
+
+
 def main(args):
     check(args)
     {"grade": grade, "pick": pick, "report": report}[args.command](args)
@@ -144,6 +153,9 @@ def parser():
     g.add_argument("--out", help="also write the records with `correct`")
     g.add_argument("--exact-release", action="store_true",
                    help="by the raw rule of the paper's release")
+    g.add_argument("--refuse-unparsed", action="store_true",
+                   help="fail where the task can parse none of the completions, instead of grading "
+                   "them as wrong")
     k = commands.add_parser("pick", help="the model whose samples are nearest to an accuracy")
     k.add_argument("--task", required=True)
     k.add_argument("--data", required=True, nargs="+",

@@ -35,7 +35,10 @@ dpo() {        # dpo NAME OUT SEED FLAGS...: DPO of $policy on the round's prefe
 }
 
 grade() {      # grade NAME FILE: FILE.jsonl -> FILE.graded.jsonl
-  stage "$1" evaluate.py grade --task "$TASK" --data "$2.jsonl" --out "$2.graded.jsonl"
+  local strict=''                # what all methods begin with must be answers at all
+  case $1 in weak/*) [ "$LABEL_NOISE" ] || strict=--refuse-unparsed ;;
+             sft/*) strict=--refuse-unparsed ;; esac
+  stage "$1" evaluate.py grade --task "$TASK" --data "$2.jsonl" --out "$2.graded.jsonl" $strict
 }
 
 grade_labels() { [ "$GRADE_LABELS" = 0 ] || grade "$1/grade_labels" "$2/labels"; }

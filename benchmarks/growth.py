@@ -37,6 +37,8 @@ from _bench import (
     train,
 )
 
+from report.figures import as_shipped
+
 COUNTS = 1_000, 10_000, 100_000
 
 
@@ -299,6 +301,7 @@ AXES = {"size": (of_size, "weights of the model", "seconds per 1,000 tokens",
                     "More samples of a prompt")}
 
 
+@as_shipped()
 def draw(results):
     """results/growth.png: a panel per axis, both scales logarithmic, slopes in the legend."""
     import matplotlib

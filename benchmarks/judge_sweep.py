@@ -18,6 +18,8 @@ from pathlib import Path
 
 from _bench import ROOT, about, in_words, save
 
+from report.figures import as_shipped
+
 
 def run(out, **settings):
     """A run of run_ilr.sh with its settings; returns its report.json."""
@@ -46,6 +48,7 @@ def point(flips, found, rounds):
     return result
 
 
+@as_shipped()
 def draw(points, args):
     import matplotlib
     matplotlib.use("Agg")

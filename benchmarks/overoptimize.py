@@ -20,6 +20,8 @@ from pathlib import Path
 
 from _bench import ROOT, about, in_words, save
 
+from report.figures import as_shipped
+
 
 def stage(out, *command):
     """Run a stage with --out `out` unless that exists; returns `out`."""
@@ -84,6 +86,7 @@ def look(work, name, model, run, args):
             "favour": sum(favour) / len(favour)}
 
 
+@as_shipped()
 def draw(curves, start, out):
     import matplotlib
     matplotlib.use("Agg")

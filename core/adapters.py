@@ -172,7 +172,7 @@ def read_adapters(folder):
     if not path.exists():
         return None
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         base, alpha = config["base_model_name_or_path"], float(config["lora_alpha"])
         with safe_open(path.with_name(WEIGHTS), "pt") as f:
             tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): f.get_tensor(name).float()
@@ -212,7 +212,7 @@ def weights_digest(model):
 def carry_over(old, new, run):
     """Copy a folder's ADAPTER_CONFIG from the run folder `run` to another place: what it names
     outside of that run is the same model as before."""
-    config = json.loads(Path(old).read_text())
+    config = json.loads(Path(old).read_text(encoding="utf-8"))
     base = os.path.normpath(os.path.join(os.path.realpath(Path(old).parent),
                                          config["base_model_name_or_path"]))
     if os.path.exists(base) and not Path(base).is_relative_to(os.path.realpath(run)):

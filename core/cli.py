@@ -47,9 +47,14 @@ def run_stage(parser, main, argv=None):
     Exit codes: 0; 1 for a run-time failure; 2 for bad arguments or bad input; 130 for Ctrl-C.
     Anything else is a bug and shows its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):     # a letter that a locale lacks ends no stage
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parser.parse_args(argv)
     gc.disable()       # until open_tokenizer: the objects made by importing torch stay anyway
     try:
+        if sys.flags.optimize > 1:
+            raise InputError("PYTHONOPTIMIZE=2 removes what transformers reads: unset it")
         with processes(parser.prog):
             main(args)
     except InputError as e:

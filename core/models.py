@@ -34,7 +34,9 @@ def pick_device(name):
     device = torch.device(name or ("cuda" if there else "cpu"))
     if device.type == "cuda" and not there:
         raise InputError(f"--device {name}: torch {torch.__version__} finds no CUDA device here")
-    if not (name or there) and (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if not (name or there or hidden) and (Path("/dev/nvidia0").exists()
+                                          or shutil.which("nvidia-smi")):
         print(f"note: this machine has a GPU, but torch {torch.__version__} cannot use it (a wheel "
               "without CUDA, or an old driver): everything runs on the CPU")
     if device.type == "cuda":

@@ -9,6 +9,7 @@ variable. A variable is documented by the comment behind its value there, and no
 """
 import ast
 import contextlib
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -47,6 +48,8 @@ KINDS = {
     "JOBS": (r"[1-9]", "a digit from 1 to 9"),
     "LABEL_NOISE": (rf"({SHARE[0]})?", "a share between 0 and 1, or nothing"),
     "ILR_JUDGE_URL": (f"({URL})?", "a URL without a user or a key in it"),
+    "ILR_DATE": (r"([0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]))?",
+                 "a day such as 2026-01-31, or nothing"),
     **dict.fromkeys("ROUNDS RETRAINS THREADS NPROC TRAIN TEST WEAK_EPOCHS WEAK_BATCH SFT_EPOCHS "
                     "SFT_BATCH JUDGE_EPOCHS JUDGE_BATCH JUDGE_WRONG DPO_EPOCHS "
                     "DPO_BATCH".split(), COUNT),
@@ -199,6 +202,13 @@ def show(preset):
 
 
 # ---------------------------------------------------------------- config.json
+def settle_date():
+    """Chat templates may write the day: give them one for all starts of a run, its first one's."""
+    if os.environ.get("CHAT_TEMPLATE") == "1" and not os.environ.get("ILR_DATE"):
+        kept = read_json(Path(os.environ["OUT"]) / "config.json").get("settings", {})
+        os.environ["ILR_DATE"] = kept.get("ILR_DATE") or str(datetime.date.today())
+
+
 def inherit(run):
     """Print NAME=VALUE of every setting that a run was made with."""
     path = Path(run) / "config.json"

@@ -6,11 +6,13 @@ finished stage be taken over from another run?).
 import ast
 import functools
 import hashlib
+import os
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LARGE = 256 << 20       # bytes; of a larger file, blocks all over it stand for its content
+LARGE = 256 << 20       # bytes; of a larger file that is no text, blocks all over it stand for it
+TEXT = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".py")
 BLOCKS, BLOCK = 256, 1 << 16        # how many, and their size
 ADAPTER_CONFIG = "adapter_config.json"     # of a folder of adapters (core/adapters.py)
 REPORT = "report"       # this package only reads what a run has made: no result depends on it
@@ -58,10 +60,27 @@ def sources_of(script, task=None):
             hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in sorted(seen)}
 
 
+def files_of(folder):
+    """The files of a folder in order, those behind links to folders too, each such folder once.
+
+    Hidden ones are other programs' notes (.DS_Store, .cache, .git) or work that is not finished."""
+    files, seen = [], set()
+    for top, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(top) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(top))
+        files += [Path(top, name) for name in names if not name.startswith(".")]
+    return sorted(files)
+
+
 def fingerprint(path):
-    """12 hex digits that tell a file's or a folder's content; "" where there is neither."""
+    """12 hex digits that tell the content of a file or of a folder, names in it included; "" where
+    there is neither. When a file was written or who owns it is no content, nor what is hidden in a
+    folder (`files_of`)."""
     path = Path(path)
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = files_of(path) if path.is_dir() else [path]
     digest, any_file = hashlib.sha256(), False
     for file in files:
         if not file.is_file():
@@ -72,9 +91,11 @@ def fingerprint(path):
             continue
         digest.update(f"{file.relative_to(path)}\0{size}\0".encode())
         with open(file, "rb") as f:
-            if size <= LARGE:
-                digest.update(f.read())
-            for k in range(BLOCKS if size > LARGE else 0):
+            if size <= LARGE or file.suffix in TEXT:
+                while block := f.read(LARGE):
+                    digest.update(block)
+                continue
+            for k in range(BLOCKS):
                 f.seek(k * max(0, size - BLOCK) // (BLOCKS - 1))
                 digest.update(f.read(BLOCK))
     return digest.hexdigest()[:12] if any_file else ""
@@ -85,13 +106,34 @@ def brief(value):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
+def elsewhere(before, now):
+    """`now` with the inputs that are those of `before` at another place named as there."""
+    old, new = before.get("inputs") or {}, now.get("inputs") or {}
+    places = {}
+    for path, digest in new.items():
+        left = [p for p in old if p not in new and p not in places.values() and old[p] == digest]
+        if digest and path not in old and left:
+            places[path] = left[0]
+
+    def named(value):
+        if isinstance(value, list):
+            return [named(v) for v in value]
+        if not isinstance(value, str):
+            return value
+        return places.get(value) or " ".join(places.get(w, w) for w in value.split(" "))
+    if not places:
+        return now
+    return {**now, "inputs": {named(path): digest for path, digest in new.items()},
+            "arguments": {k: named(v) for k, v in (now.get("arguments") or {}).items()}}
+
+
 def changes(before, now):
     """What differs between two descriptions of work, in words; "" where nothing does.
 
     A description: {"arguments": {name: value}, "versions": {library: version}, "sources":
-    {file: digest}, "inputs": {path: digest}}.
+    {file: digest}, "inputs": {path: digest}}. An input may lie elsewhere: its content counts.
     """
-    said = []
+    now, said = elsewhere(before, now), []
     for kind in ("arguments", "versions", "sources", "inputs"):
         old, new = before.get(kind) or {}, now.get(kind) or {}
         for name in {**old, **new}:

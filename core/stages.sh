@@ -22,6 +22,9 @@ done
 
 # ---------------------------------------------------------------- the settings
 set -a       # exported: core/settings.py and the stages see them
+PYTHONUTF8=1 PYTHONIOENCODING=utf-8:backslashreplace    # whatever the locale says
+unset PYTHONOPTIMIZE                    # 2 removes the docstrings, which transformers reads
+command -v python >/dev/null || PYTHON=${PYTHON:-python3}
 PYTHON=${PYTHON:-python}
 case $PYTHON in
   /*) ;;
@@ -47,7 +50,8 @@ if [ -e "presets/$PRESET.sh" ]; then . "presets/$PRESET.sh"; fi
 . presets/generic.sh
 plain() { printf '%s' "$1" | sed -e 's|/\./|/|g' -e 's|//*|/|g' -e 's|^\./||' -e 's|\(.\)/$|\1|'; }
 OUT=$(plain "$OUT") FROM=$(plain "$FROM") BASES=$(plain "$BASES")
-[ "$OUT" != . ] || OUT=$here
+case $OUT in .) OUT=$here ;; -*) OUT=$here/$OUT ;; esac       # a path is not taken for a flag
+case $BASES in -*) BASES=$here/$BASES ;; esac
 set +a
 if [ $ACTION = help ]; then
   sed -n '2,/^set /s/^# \{0,1\}//p' run_ilr.sh

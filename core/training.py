@@ -24,6 +24,14 @@ def checkpoint_steps(total, shares):
     return {f"checkpoint-{p}": max(1, round(total * p / 100)) for p in percents}
 
 
+def significant(value):
+    """A float rounded to the 7 significant digits of fp32; None for NaN and infinity, which JSON
+    lacks."""
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.7g}") if math.isfinite(value) else None
+
+
 class Training:
     """The unfinished folder of a training run: its metrics and its last resumable state.
 
@@ -72,9 +80,8 @@ class Training:
         torch.set_rng_state(self.state.pop("rng"))
 
     def log(self, **row):
-        """Append a row to metrics.jsonl, floats rounded to 6 decimals."""
-        rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
-        self.metrics.write(dumps(rounded) + "\n")
+        """Append a row to metrics.jsonl, floats to 7 significant digits; null for no number."""
+        self.metrics.write(dumps({k: significant(v) for k, v in row.items()}) + "\n")
         self.rows += 1
 
     def save_state(self, step, always=False, **more):

@@ -26,6 +26,7 @@ LORA_RANK=${LORA_RANK:-64}        # rank of SFT's and DPO's adapters; 0 trains e
 LOAD_IN_4BIT=${LOAD_IN_4BIT:-0}   # 1: the strong model in 4 bits
 DTYPE=${DTYPE:-}                  # float32 or bfloat16 to compute in; empty: bfloat16 on CUDA
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-0} # 1: both are chat models and get their own prompt format
+ILR_DATE=${ILR_DATE:-}            # the day that chat templates write; empty: the run's first
 
 # Weak SFT, on D_gt
 case $LORA_RANK in

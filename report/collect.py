@@ -1,6 +1,6 @@
 """Read what the files of a run folder say. What a run has not made yet is absent."""
 from core.records import read_json, read_jsonl
-from tasks import TASKS, get_task
+from tasks import TASKS, get_task, unparsed
 
 
 def seed_folders(run):
@@ -11,16 +11,32 @@ def seed_folders(run):
 
 def graded_answers(seeds):
     """{point: {seed: [{id: correct} of each retrain]}} from seed_S/POINT/eval_K.graded.jsonl."""
-    def point_and_retrain(path):
-        return path.parent.name, int(path.name.split("_")[1].split(".")[0])
-
     answers = {}
     for seed, folder in seeds.items():
-        for path in sorted(folder.glob("*/eval_*.graded.jsonl"), key=point_and_retrain):
+        for path in graded_files(folder):
             retrains = answers.setdefault(path.parent.name, {}).setdefault(seed, [])
             rows = read_jsonl(path, ("id", "correct"))
             retrains.append({r["id"]: r["correct"] for r in rows})
     return answers
+
+
+def graded_files(folder):
+    """The files eval_K.graded.jsonl of a seed's folder, in order of point and K."""
+    found = []
+    for path in folder.glob("*/eval_*.graded.jsonl"):
+        retrain = path.name.removeprefix("eval_").partition(".")[0]
+        if retrain.isdigit():       # else somebody's copy
+            found.append((path.parent.name, int(retrain), path))
+    return [path for *_, path in sorted(found)]
+
+
+def why_nothing(seeds, tests, task):
+    """Why no answer of any point is right, in words; "" where one is."""
+    if any(share for by_seed in tests.values() for shares in by_seed.values() for share in shares):
+        return ""
+    rows = [row for folder in seeds.values() for path in graded_files(folder)
+            for row in read_jsonl(path, ("id", "completion"))]
+    return task and unparsed(task, rows) or "its answers can be parsed, and all of them are wrong"
 
 
 def graded_labels(seeds):
@@ -74,6 +90,7 @@ def collect(run):
     settings     those of config.json
     metric       what the task calls its grade ("accuracy")
     n_test       number of test problems, the largest of any point
+    nothing      why no answer at all is right, in words; "" where one is
     """
     seeds = seed_folders(run)
     answers = graded_answers(seeds)
@@ -86,10 +103,11 @@ def collect(run):
     judges = {s: read_json(folder / "judge/model/judge.json") for s, folder in seeds.items()}
     seconds, whole_run = stage_seconds(run)
     settings = read_json(run / "config.json").get("settings", {})
-    task = get_task(settings["TASK"]) if settings.get("TASK") in TASKS else None
+    name = settings.get("TASK") if settings.get("TASK") in TASKS else ""
     return {"run": run, "seeds": list(seeds), "answers": answers, "tests": tests,
             "labels": graded_labels(seeds), "comparisons": summaries(seeds, "comparisons"),
             "refinements": summaries(seeds, "labels", "preferences"),
             "judges": {s: judge for s, judge in judges.items() if judge},
             "seconds": seconds, "whole_run": whole_run, "settings": settings,
-            "metric": getattr(task, "METRIC", "accuracy"), "n_test": n_test}
+            "metric": getattr(name and get_task(name), "METRIC", "accuracy"), "n_test": n_test,
+            "nothing": why_nothing(seeds, tests, name)}

@@ -3,19 +3,42 @@
 `by_round`, `gains`, `price` and `judge` draw numbers in percent; `draw` says which numbers of a
 run they get. A method's colour, marker and dash are its STYLE.
 """
-from report.methods import METHODS, labels_of, methods_of, points_of, rounds_of
+import contextlib
+import logging
+import os
+
+from report.methods import METHODS, labels_name, labels_of, methods_of, points_of, rounds_of
 from report.statistics import average, over_seeds, reliability, seed_means, widest
 
 MANY = 5        # from so many series on only the means are drawn: intervals would hide each other
 
 
+@contextlib.contextmanager
+def as_shipped():
+    """matplotlib with its own defaults: a backend, a matplotlibrc, a style or LaTeX that the user
+    has chosen for other figures changes nothing here. Also a decorator."""
+    # what it says of a matplotlibrc, of fonts, and of a cache folder that it cannot write
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    # a backend that it does not know and a matplotlibrc that it cannot read fail its import
+    names = {name: os.environ.get(name) for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
+    try:
+        import matplotlib
+    finally:
+        for name, value in names.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        yield
+
+
 def canvas(panels, title, width=6.4, height=4.6):
     """(figure, its axes), width and height in inches; several panels are 10.5 inches wide."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, panels, squeeze=False, layout="constrained",
-                                figsize=(width if panels == 1 else 10.5, height))
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained", figsize=(width if panels == 1 else 10.5, height))
+    axes = figure.subplots(1, panels, squeeze=False)
     figure.suptitle(title, fontsize=12)
     for a in axes[0]:
         a.grid(axis="y", alpha=0.3)
@@ -24,7 +47,6 @@ def canvas(panels, title, width=6.4, height=4.6):
 
 def save(figure, path, handles):
     """Write the figure with a legend below it. handles: {name: what is drawn for it}."""
-    import matplotlib.pyplot as plt
     if handles:
         # inches of a line sample, and of a letter of 9 points
         column = 0.7 + 0.065 * max(map(len, handles))
@@ -32,7 +54,6 @@ def save(figure, path, handles):
                       ncols=int(figure.get_figwidth() / column), fontsize=9, handlelength=3.4)
     unfinished = path.with_suffix(".writing.png")
     figure.savefig(unfinished, dpi=150, metadata={"Software": None})
-    plt.close(figure)
     unfinished.replace(path)
 
 
@@ -195,6 +216,7 @@ def judge_lines(data):
     return calibration, lines
 
 
+@as_shipped()
 def draw(data, costs, said):
     """Draw what there is data for. said: the claims. Returns the names of the files."""
     run, tests, methods, n = data["run"], data["tests"], methods_of(data), len(data["seeds"])
@@ -219,7 +241,7 @@ def draw(data, costs, said):
         shown = f"{n} seeds: mean, 95% interval" if n > 1 else f"{seeds}: 95% interval"
         figure(gains, "gains.png", f"Gain over SFT ({shown})", f"points of {what}", rows)
     if labels := labels_of(data):
-        series = [(f"{METHODS[m].NAME}'s labels", m, summed(r)) for m, r in labels.items()]
+        series = [(labels_name(m, r), m, summed(r)) for m, r in labels.items()]
         figure(by_round, "label_accuracy.png", f"Correct training labels per round ({seeds})",
                "label accuracy (%)", series, [])
     if panels := price_panels(data, costs):

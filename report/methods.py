@@ -83,6 +83,11 @@ def labels_of(data):
     found = {}
     for m in METHODS:
         refined = {k: graded[p] for k, p in points_of(data, m).items() if p in graded}
-        if refined or m == "ilr":
+        if refined:
             found[m] = {0: start, **refined}
-    return found
+    return found or {"ilr": {0: start}}
+
+
+def labels_name(method, rounds):
+    """What tables and figures call the labels of a method of `labels_of`."""
+    return f"{METHODS[method].NAME}'s labels" if max(rounds) else "first labels"

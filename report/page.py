@@ -21,16 +21,22 @@ def heading(data):
     trainings = "one training a point"
     if retrains > 1:
         trainings = f"mean of up to {retrains} trainings a point"
+    what = "ILR and its alternatives under unreliable supervision"
+    warning = []
+    if data["nothing"]:
+        what = f"nothing was learnt, the {data['metric']} is 0 everywhere"
+        warning = [f"No comparison on this page says anything: {data['nothing']}.\n"]
     return [
-        f"# {settings.get('TASK', data['run'].name)}: "
-        "ILR and its alternatives under unreliable supervision\n",
+        f"# {settings.get('TASK', data['run'].name)}: {what}\n",
+        *warning,
         f"{n_seeds} seed(s): {', '.join(map(str, data['seeds']))}. "
         f"{data['metric'].capitalize()} in percent on {data['n_test']:,} "
         f"{settings.get('EVAL', 'test')} problems a seed, {trainings}.\n"]
 
 
 def claims_section(data, said, drawn):
-    text = ["## Claims\n", "".join(f"{sentence(claim)}\n" for claim in said)]
+    text = ["## Claims\n", "".join(f"{sentence(claim)}\n" for claim in said)
+            or "None: of two points that are compared, this run has at most one.\n"]
     covers = ("problems are drawn again; it covers which problems there were, and neither other "
               "seeds nor other trainings. ")
     if len(data["seeds"]) > 1:
@@ -207,5 +213,7 @@ def write_report(data, said, price, drawn):
             *accuracy_section(data), *labels_section(data), *price_section(data, price, drawn),
             *caveats_section(data, drawn)]
     write_text(data["run"] / "report.md", "\n".join(text))
-    claimed = "".join(f"{sentence(claim)}\n" for claim in said)
-    return f"{claimed}\n{accuracy_table(data)}"
+    shown = [sentence(claim) for claim in said]
+    if data["nothing"]:
+        shown = [f"note: the {data['metric']} is 0 everywhere: {data['nothing']}"]
+    return "\n".join([*shown, "", accuracy_table(data)])

@@ -1,5 +1,12 @@
 """The tables of report.md, as Markdown. Numbers are in percent unless a heading says otherwise."""
-from report.methods import METHODS, labels_of, methods_of, points_of, rounds_of
+from report.methods import (
+    METHODS,
+    labels_name,
+    labels_of,
+    methods_of,
+    points_of,
+    rounds_of,
+)
 from report.prices import PRICES, number, within
 from report.statistics import average, over_seeds, wilson
 
@@ -47,6 +54,9 @@ def accuracy_table(data):
         cells = [cell(data["tests"][points[k]], data["n_test"]) if k in points else ""
                  for k in range(last + 1)]
         rows.append([METHODS[m].NAME, *cells])
+    if not methods:
+        sft = data["tests"].get("sft")
+        rows = [["SFT", cell(sft, data["n_test"]) if sft else "not graded yet"]]
     return table(["method", "SFT", *round_headings(1, last)], rows)
 
 
@@ -55,7 +65,7 @@ def beside_table(data):
     rows = [[name, cell(data["tests"][point], data["n_test"])] for point, name in (
         ("weak", "weak model alone"), ("gold", "ceiling: SFT on gold labels of the same problems"))
         if point in data["tests"]]
-    return table(["beside it", data["metric"]], rows)
+    return table(["beside it", data["metric"]], rows) if rows else ""
 
 
 def label_table(data):
@@ -64,8 +74,8 @@ def label_table(data):
     last = max(max(rounds) for rounds in series.values())
     rows = []
     for m, rounds in series.items():
-        cells = [cell(rounds[k]) if k in rounds else "" for k in range(max(rounds) + 1)]
-        rows.append([f"{METHODS[m].NAME}'s labels", *cells])
+        cells = [cell(rounds[k]) if k in rounds else "" for k in range(last + 1)]
+        rows.append([labels_name(m, rounds), *cells])
     return table(["", *round_headings(0, last)], rows)
 
 
@@ -103,7 +113,7 @@ def budget_table(data, price):
 def supervision_columns(data):
     """[(heading, a summary {seed: ...} of each round, its key, whether 1 minus it is shown)] of
     the columns that have a number."""
-    start = labels_of(data).get("ilr", {}).get(0, {})
+    start = next(iter(labels_of(data).values()), {0: {}})[0]
     labels = {seed: {"correct": share} for seed, (share,) in start.items()}
     columns = [("label error", [labels], "correct", True),
                ("judge error, held-out pairs", [data["judges"]], "held_out_accuracy", True),

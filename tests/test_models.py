@@ -230,7 +230,7 @@ def test_a_template_that_repeats_the_question(tmp_path):
     tokenizer.save_pretrained(tmp_path / "t")
     tokenizer = open_tokenizer(tmp_path / "t", chat_template=True)
     assert "why? once more: why?" in tokenizer.decode(encode_prompt(tokenizer, "why?"))
-    with pytest.raises(InputError, match="repeats the question"):
+    with pytest.raises(InputError, match="repeats a message"):
         encode_prompt(tokenizer, "why <|im_end|>?")
 
 

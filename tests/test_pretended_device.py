@@ -249,6 +249,7 @@ def test_cudnn_attention_is_off():
 @pytest.mark.parametrize("sign", ["/dev/nvidia0", "nvidia-smi"])
 def test_a_gpu_that_torch_cannot_use_is_mentioned(sign, monkeypatch, capsys):
     signs = []
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)       # "" hides a GPU on purpose
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "which", lambda name: name if name in signs else None)
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in signs)

@@ -19,7 +19,8 @@ PRESETS = sorted(p.stem for p in (ROOT / "presets").glob("*.sh"))
     "CLEAN_START=2", "CHECKPOINTS=100", "CHECKPOINTS=50 30", "JUDGE=ftp://x", "LOAD_IN_4BIT=yes",
     "SECONDS_PER_PAIR=0", "JUDGE=https://user:secret@h/v1", "CHAT_TEMPLATE=1", "DPO_NLL=-1",
     "LABEL_NOISE=1.5", "EVAL=train", "BETA=0", "FLIP_KIND=odd", "PRETRAIN=none", "NPROC=0",
-    "SEEDS=08", "SEEDS=0 0", "DPO_SAMPLES=5", "WEAK_ACCURACY=0.0"])
+    "SEEDS=08", "SEEDS=0 0", "DPO_SAMPLES=5", "WEAK_ACCURACY=0.0", "ILR_DATE=1 May 2026",
+    "ILR_DATE=2026-13-01"])
 def test_a_mistyped_setting_is_refused_at_once(setting, tmp_path):
     name, _, value = setting.partition("=")
     refused = call(tmp_path / "run", tmp_path / "bases", **{**TINY, name: value})

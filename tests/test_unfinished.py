@@ -1,5 +1,6 @@
 """Unfinished work: what is continued, what is not and why, and who may work on it."""
 import json
+import shutil
 import subprocess
 import sys
 
@@ -37,6 +38,23 @@ def test_the_same_work_is_continued(files, capsys):
     files[1].touch()        # content counts, not time
     assert begin(*files) == partial and (partial / "state").exists()
     assert capsys.readouterr().out == ""
+
+
+def test_work_is_continued_where_a_copy_of_it_lies(files, capsys):
+    """The run folder was moved, and its inputs with it."""
+    partial = begin(*files, where=str(files[1]))
+    (partial / "state").write_text("x")
+    top = files[0].parent
+    shutil.copytree(top, top / "copy", copy_function=shutil.copyfile)
+    copies = [top / "copy" / path.name for path in files]
+    for path in files[1:]:
+        path.rename(path.with_name(f"old_{path.name}"))
+    moved = begin(*copies, where=str(copies[1]))
+    assert (moved / "state").exists() and capsys.readouterr().out == ""
+    finished(moved)
+    copies[1].write_text("[]\n")        # as long as it was
+    begin(*copies, where=str(copies[1]))
+    assert not (moved / "state").exists() and "is not continued" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("change, why", [
@@ -139,6 +157,46 @@ def test_fingerprints_tell_content_and_names(tmp_path):
     assert sources.fingerprint(tmp_path / "none") == ""
     (b / "file").write_text("2")
     assert sources.fingerprint(b / "file") != sources.fingerprint(a / "x/file")
+
+
+def test_fingerprints_follow_links_and_leave_out_what_is_hidden(tmp_path):
+    """A folder of data may link to others; .DS_Store and a hub's .cache come and go."""
+    real, folder = tmp_path / "elsewhere", tmp_path / "data"
+    real.mkdir()
+    folder.mkdir()
+    (real / "db.sqlite").write_text("1")
+    (folder / "databases").symlink_to(real)
+    (real / "loop").symlink_to(folder)
+    before = sources.fingerprint(folder)
+    (folder / ".cache").mkdir()
+    for name in (".DS_Store", ".cache/metadata"):
+        (folder / name).write_text("x")
+    assert sources.fingerprint(folder) == before
+    (real / "db.sqlite").write_text("2")
+    assert sources.fingerprint(folder) != before
+
+
+def test_every_line_of_a_large_file_of_records_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "LARGE", 1)
+    monkeypatch.setattr(sources, "BLOCK", 1)
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(bytes(2000))
+    before = sources.fingerprint(path)
+    path.write_bytes(bytes(1001) + b"1" + bytes(998))
+    assert sources.fingerprint(path) != before
+
+
+def test_what_lies_elsewhere_is_the_same_input_and_a_hub_name_is_not():
+    def work(path, digest, **more):
+        return {"arguments": {"--data": f"{path} OUT/x", "--model": path, **more},
+                "inputs": {path: digest, "OUT/x": "2"}}
+    assert sources.changes(work("/a", "1"), work("/b", "1")) == ""
+    assert "--data was /a OUT/x, is /b OUT/x" in sources.changes(work("/a", "1"), work("/b", "3"))
+    assert sources.changes(work("hub/a", ""), work("hub/b", "")) != ""
+    # two that have changed places
+    both = [{"arguments": {"--a": f"/{x}", "--b": f"/{y}"}, "inputs": {f"/{x}": m, f"/{y}": n}}
+            for x, y, m, n in (("p", "q", "1", "2"), ("r", "s", "2", "1"))]
+    assert sources.changes(*both) != ""
 
 
 def test_a_large_file_is_known_by_blocks_all_over_it(tmp_path, monkeypatch):
