@@ -13,7 +13,7 @@ import hashlib
 import random
 import re
 import sys
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -188,11 +188,9 @@ def prepare_bases(out, counts, seed=0):
 # ---------------------------------------------------------------- the names every task has
 def final_answer(text):
     """The number after `####` in the last line, as Decimal, or None."""
-    match = re.search(r"####\s*(-?[\d,]+(?:\.\d+)?)\s*$", text.strip().rpartition("\n")[2])
-    try:
-        return Decimal(match[1].replace(",", "")) if match else None
-    except InvalidOperation:
-        return None
+    match = re.search(r"####\s*(-?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)\s*$",
+                      text.strip().rpartition("\n")[2])
+    return Decimal(match[1].replace(",", "")) if match else None
 
 
 def is_well_formed(text):
@@ -202,7 +200,7 @@ def is_well_formed(text):
 
 def grade(record):
     """1.0 if the final answer equals the reference exactly, else 0.0."""
-    if not re.fullmatch(r"-?\d+(\.\d+)?", str(record["reference"])):
+    if not re.fullmatch(r"-?[0-9]+(\.[0-9]+)?", str(record["reference"])):
         raise InputError(f"the reference of id {record['id']} is {record['reference']!r}: "
                          "expected a number")
     answer = final_answer(record["completion"])

@@ -10,13 +10,11 @@ else from the authors' repository, checked by SHA-256. The training problems are
 seed and divided into D_gt and D_unlab.
 
 Unlike the paper's release, answers are compared as numbers: `65,960`, `$65960` and `65960.00` are
-the same answer.
+the same answer (docs/gsm8k.md has a table of forms).
 """
 import hashlib
 import random
-import re
 import sys
-from decimal import Decimal
 from pathlib import Path
 
 if __package__ in (None, ""):
@@ -26,6 +24,7 @@ from core.download import download
 from core.records import InputError, read_jsonl, write_jsonl, write_text
 from core.tokens import user_prompt
 from tasks import add_data_flags, check_data_flags, write_training
+from tasks._numbers import read_number
 
 MAX_PROMPT_TOKENS, MAX_NEW_TOKENS = 512, 256
 AUTHORS = ("https://raw.githubusercontent.com/openai/grade-school-math/"
@@ -38,24 +37,10 @@ HUB = {"train": ("openai/gsm8k", "main/train-00000-of-00001.parquet"),
 
 
 # ---------------------------------------------------------------- the names every task has
-# markdown, brackets or currency; sign; digits; and nothing that makes it a fraction or a power
-NUMBER = re.compile(r"[\s*_`$€£({\[\\]*([-+\u2212]?)[\s$€£]*"
-                    r"([0-9][0-9,]*+(?:\.[0-9]+)?+|\.[0-9]+)"
-                    r"(?!\s*/\s*[0-9]|\s+[0-9]+\s*/\s*[0-9]|[eE^][0-9])")
-
-
 def final_answer(text):
-    """The number after the last `####` as Decimal, or None if there is none.
-
-    Currency, commas, percent, markdown and a final dot are ignored, and so is what follows. A
-    fraction or a power is not a number.
-    """
+    """The number after the last `####` as Fraction, or None if there is none or it is unclear."""
     marker, tail = text.rpartition("####")[1:]
-    match = NUMBER.match(tail) if marker else None
-    if not match:
-        return None
-    sign = "-" if match[1] in ("-", "\u2212") else ""
-    return Decimal(sign + match[2].replace(",", ""))
+    return read_number(tail) if marker else None
 
 
 def is_well_formed(text):
@@ -76,7 +61,7 @@ def grade_release(record):
     """The release's rule (metrics/eval_gsm8k.py): 1.0 if the word after the last `####` is, as
     text, the reference, else 0.0."""
     words = record["completion"][max(record["completion"].rfind("####"), 0):].split()
-    return float(len(words) > 1 and words[1] == record["reference"])
+    return float(len(words) > 1 and words[1] == f"{record['reference']}")
 
 
 def agree(a, b):

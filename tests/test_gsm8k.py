@@ -1,6 +1,9 @@
 """tasks/gsm8k.py: answers as numbers, the release's rule beside it, where the data come from."""
 import hashlib
 import json
+import re
+import time
+from fractions import Fraction
 
 import pytest
 from conftest import ROOT, rows, run
@@ -13,19 +16,252 @@ DATA = ROOT.parent / "shared/data/gsm8k"
 real = pytest.mark.skipif(not DATA.exists(), reason=f"needs the GSM8K files in {DATA}")
 
 
-@pytest.mark.parametrize("text, number", [
-    ("#### 42", 42), ("####42", 42), ("####  42", 42), ("#### 42.", 42), ("#### 42.0", 42),
-    ("#### 1,000", 1000), ("#### $42", 42), ("#### -$42", -42), ("#### $-42", -42),
-    ("#### 42%", 42), ("#### **42**", 42), ("#### **$1,234.50**", 1234.5), ("#### .5", 0.5),
-    ("#### 42 dollars", 42), ("#### 42\n\nUSER:\nAnother", 42), ("#### 1\n#### 2", 2),
-    ("#### 1\n####", None), ("####\n42", 42), ("42", None), ("", None), ("#### forty", None),
-    ("#### 1/2", None), ("#### 12 / 4", None), ("#### 3/", 3), ("## 42", None), ("##### 42", 42),
-    ("#### \u0664\u0662", None), ("#### 42,", 42), ("#### +5", 5), ("#### \u22125", -5),
-    ("#### 5 1/2", None), ("#### 1e5", None), ("#### 10^3", None), ("#### 5 or 6", 5)])
-def test_final_answer(text, number):
-    answer = gsm8k.final_answer(text)
-    assert (None if answer is None else float(answer)) == number
-    assert gsm8k.is_well_formed(text) == (number is not None)
+READINGS = {        # a family of forms: number -> what stands behind `####`; None: no answer
+    "plain": {
+        42: ["42", "  42", "\t42", "42.", "42.0", "42,", "42\r\n"],
+        5: ["5.00"],
+        0.5: [".5"],
+        7: ["007"],
+        0: ["0"],
+        5.5: ["5.5."],
+        None: ["#42", "", "forty", "no 5", ".", "5.5.5", "5..", "0.333...", "0.3…", "5. 6", "1 . 5",
+               ". 5"],
+    },
+    "thousands": {
+        1000: ["1,000", "1,000.", "1,000,"],
+        9500: ["9,500", "9{,}500", r"9\,500", r"9,\!500", r"9\!500", r"9\;500", r"9\ 500",
+               "9\u2009500", "9\u202f500", "9\xa0500", "9'500", "9’500", "9_500", r"9\_500"],
+        9800: ["9{,}800"],
+        1234567.89: ["1,234,567.89"],
+        1234567: ["1{,}234{,}567", r"1\,234\,567"],
+        12345678: ["12'345'678"],
+        9: ["9\n500"],
+        None: ["9 500", "9, 500", "9 ,500", "9,5", "9,50", "9,5000", "9{,}5", "9{,}50", "9{,}5 00",
+               "9{,}{,}500", "9{", "9{,}", "{,}500", "{{,}500}", ",500", "9,,500", "1234,567",
+               "1,234,56", "1,234'567", "0,500", "00,500", "1,00,000", "9\u200b500", "9~500",
+               "9·500", "9;500", "9{.}500", "9'5", r"9\hspace{1pt}500", r"\num{9500}", "9`500",
+               "9_5", "9*500"],
+    },
+    "european": {
+        9.5: ["9.500"],
+        1000.5: ["1,000.5"],
+        None: ["9.500,00", "1.234.567", "3,5", "3,50 €", "1.000,5"],
+    },
+    "currency": {
+        42: ["$42", r"\$42", "$ 42", "$42$", "$$42$$", r"$\$42$", "42$", "42 $", "€42", "42€",
+             "42 €", "£42", "¥42", "₹42", "US$42", "USD 42", "EUR 42", "42 USD", "Rs. 42",
+             "42 dollars", "42 cents"],
+        50: ["50¢"],
+        1234.5: ["$1,234.50"],
+        9500: [r"\$9{,}500"],
+        5.5: ["$5.50."],
+        5: ["$5/hour"],
+        0.5: ["$.50"],
+        None: ["$5 or $6", "5 dollars and 50 cents", "$"],
+    },
+    "sign": {
+        -42: ["-42", "−42", "－42", "-$42", "$-42", "$ -42", r"-\$42", r"\$-42", "$-$42", "**-42**",
+              "(-42)"],
+        42: ["+42"],
+        -1000: ["-1,000"],
+        -0.5: ["-.5"],
+        0: ["-0"],
+        None: ["- 42", "–42", "—42", "--42", "±42", "42-", "+-42", "-(42)", "42 minus", "minus 42",
+               "negative 42", "~42", "~~42~~", "~~41~~ 42"],
+    },
+    "percent": {
+        42: ["42%", "42 %", r"42\%", r"42 \%", "42 percent"],
+        0.5: ["0.5%"],
+        12.5: ["12.5%."],
+        None: ["5‰", "50% = 0.5"],
+    },
+    "fraction": {
+        "1/2": ["1/2", "½", "1⁄2", "1/2%", "0.5"],
+        "3/4": ["3 / 4", "$3/4$", "3/4 cup", r"\frac{3}{4}", r"\dfrac{3}{4}",
+                r"\boxed{\frac{3}{4}}"],
+        3: ["12/4"],
+        "-3/4": ["-3/4", r"-\frac{3}{4}"],
+        "1/3": [r"$\tfrac{1}{3}$"],
+        "-1/2": ["-½"],
+        "5/2": ["2½", "2 ½ cups", "2 1/2", r"2\frac{1}{2}"],
+        "-5/2": ["-2 1/2"],
+        "2/3": ["⅔"],
+        "21/2": ["21/2"],
+        "1/4": ["1/4th"],
+        None: ["3/", "1/0", "5 3/2", "1/2/3", "1.5/2", "3/-4", "2-1/2", "2 and 1/2", r"\frac{1}{x}",
+               r"\frac{1}{2}{3}", r"\frac12", "½5", "½ ½", "10`1/2", "10<sup>1/2</sup>",
+               "1/2 of 10", "5/x", "5/6/2020", "2 thirds", "half", "5 and a half", "2 quarters",
+               "1/x"],
+    },
+    "power": {
+        1000: ["10^3", "10^{3}", "10³", "1e+3"],
+        100000: ["1e5", "1E5"],
+        1500: ["1.5e3", r"1.5 \times 10^{3}", r"1.5\cdot10^3", "1.5 × 10^3", "1.5 x 10^3",
+               "1.5*10^3"],
+        0.01: ["1e-2", "10^-2"],
+        -1000: ["-10^3"],
+        "1/10000000": ["1e-07"],
+        None: ["2^5", "2³", "10**3", "10^", "10^x", "10^1000", "10¹²", "1e", "1e5.5", "1e100",
+               "1e999999999", "10^999999999", "1e-999999999", "1.5 × 10", "1.5 × 10^3^2",
+               "5×10^3 + 1", "10<sup>300</sup>", "5 squared", "110^3", "1,010^3", "5!",
+               r"\sqrt{16}", "√16", r"2\pi", "2π", "0x1F", "52_8", "101_2", "5i"],
+    },
+    "scale": {
+        500: ["5 hundred"],
+        3000: ["3 thousand"],
+        1500000: ["1.5 million", "$1.5 million", "1.5 million dollars", "1.5 Million", "1.5M"],
+        2000000000: ["2 billion", "$2B"],
+        20000: ["20k", "$20K"],
+        1000000: ["1,000 thousand"],
+        -2000000: ["-2 million"],
+        5: ["$5 mm"],
+        None: ["5 millions", "5 hundred thousand", "5 million 3", "5 dozen", "5 dozen eggs", "5m",
+               "$5m", "$5 m", "5b", "5T", "5 K", "5 (in thousands)", "5, in millions", "5 bn",
+               "5 mil", "5 lakh", "5 grand", "$5MM", "5 tn", "5 thou", "5万", "5 миллионов",
+               "5 Millionen", "5 mille", "5 Mio", "twenty 5", "20 five"],
+    },
+    "result": {
+        48: ["12*4 = 48", "12*4=48", "12 × 4 = 48", "12 x 4 = 48", r"12 \times 4 = 48",
+             "$12*4 = $48", "x = 48", "x=48", "= 48", "Total cost = $48", r"\text{Total} = 48",
+             "<<12*4=48>>48", "12*4=<<12*4=48>> 48", "$<<6*8=48>>48", "(3 + 5) * 6 = 8 * 6 = 48",
+             "x = 12*4 = 48", "12*4 = 48 apples"],
+        9500: ["12*4 = 9{,}500"],
+        0.5: ["1/2 = 0.5"],
+        33.33: ["100/3 ≈ 33.33"],
+        130000: ["80,000+50,000 = 130,000"],
+        None: ["12*4", "12 * 4", "12+4", "12 - 4", "12 × 4", "3 + x", "12*4 =", "48 = 12*4",
+               "12*4 = 48 + 2", "5 = 6", "5 = five", "x = 5, y = 6", "x = 5 or x = 6", "2x = 10",
+               "12x = 48", "-x = 5", "x/2 = 5", "x + 1 = 5", "x^2 = 9", "half of x = 5",
+               "twice x = 10", "x ≠ 5", "x != 5", "x >= 5", "x <= 5", "x ≥ 5", "x == 5", "x > 5",
+               "5x", "5n", "5 x", "5*x", "5 * x", "5 * price", "48 - cost", "48 + tip",
+               "48 since 5+5=10", "1 km = 1000 m", "48 (6*8 = 48)", "<<12*4=48>>", "<<12*4=48",
+               "4<<2+2=4>>8", "8<<2+2=4>>", "- = 5", "-5 = 6", "- 5 = 6", "2:3 = 0.67",
+               "12*4 -> 48", "5 - 3, 4 + 1 = 5"],
+    },
+    "marker": {
+        5: [": 5", ":5", " : 5", "** 5", "**: 5", "Answer: 5", "answer: 5", "Final Answer: 5",
+            "**Answer:** 5", "The answer is 5", "and the answer is 5.", "The final answer is: $5.",
+            "So, the answer is 5", "Answer 5", "Answer = 5", "Total: 5", '{"answer": 5}'],
+        None: ["Step 5", "Step 5: add", "Answer 1: 5", "Question: 5 cows", "1. Buy apples",
+               "1) Buy apples", "1: Buy apples", "**1. Buy apples**", "**1.** Buy", "1 - Buy",
+               "(1) Buy", "No. 5", "about 5"],
+    },
+    "below": {
+        42: ["\n42", "\n\n42\n", "\n**42**", " Answer:\n42", "\n$$\n42\n$$",
+             "\n\\[\n\\boxed{42}\n\\]", "\n42%"],
+        None: ["\n42 apples", "\n12*4 = 48", " Solution:\n16 - 3 = 13 eggs", "\n1. Buy", "\n- 42",
+               "\nUSER:\n42"],
+    },
+    "markup": {
+        42: [r"\boxed{42}", r"$\boxed{42}$", r"\boxed{\text{42}}", r"\boxed{\boxed{42}}",
+             r"\boxed{\$42}", r"\boxed{42}.", r"\[\boxed{42}\]", r"\boxed{x = 42}",
+             r"\boxed{42 \text{ apples}}", r"\(42\)", r"$\mathbf{42}$", r"\left(42\right)",
+             r"\boxed{42", "**42**", "*42*", "__42__", "_42_", "`42`", "**42** apples", "42**",
+             '"42"', "'42'", "“42”", "«42»", "(42)", "[42]", "{42}", "<b>42</b>",
+             "<answer>42</answer>", "42</s>", "42<|im_end|>", "42 [/INST]", "**42**!"],
+        9500: [r"\boxed{9{,}500}"],
+        1234.5: ["**$1,234.50**"],
+        None: [r"\boxed{}", r"\boxed{4}2", r"\boxed{4} \boxed{2}", r"\boxed{9}{,}500",
+               r"\boxed{42}^2", r"\foo{42}", "**4**2", "**4** 2", "[4, 2]", "(4, 2)", "4<b>2</b>",
+               "<42>", "|42|", "> 42"],
+    },
+    "units": {
+        42: ["42 apples", "42 (apples)", "42, which is the total", "42 apples.", "42 apples!",
+             "42 per day", "42 🎉"],
+        48: ["48 km/h", "48km/h", "48-inch"],
+        3: ["3 hours", "3h", "3 p.m."],
+        5: ["5kg", "5 m", "5 m²", "5 cm^2", "5 m^{2}", r"5 \text{ cm}^2", "5 °C", "5'", '5"',
+            "5 a day", "5 L", "5 times", "5th"],
+        90: ["90°", r"90^\circ"],
+        None: ["5 cm^2 2", "5 half-lives", "5 x^2", "5 m^4", "18. The farmer", "18 because 9*2=18"],
+    },
+    "several": {
+        None: ["5 and 6", "5 or 6", "5 6", "5, 6", "5; 6", "5-6", "5–6", "5 - 6", "5 to 6", "2:3",
+               "3:30", "3:30 pm", "5 or more", "5+", ">5", "≥5", "at least 5", "5 feet 3 inches",
+               '5\'10"', "5 hours 30 minutes", "42 of 50", "42 in 3 boxes", "5²"],
+    },
+    "scripts": {
+        None: ["٤٢", "४२", "４２", "𝟒𝟐", "4٢", "٤2", "⑤", "5₈", "Ⅴ", "XLII", "四十二", "5⃣", "5️⃣",
+               "0.3̅", "NaN", "Infinity", "∞", "1_0"],
+    },
+}
+WHOLE_TEXTS = {
+    "####42": 42, "####: 5": 5, "**####** 5": 5, "**#### 5**": 5, "##### 42": 42,
+    "so 6*7 #### 42": 42, "#### 1\n#### 2": 2, "#### 1\n####": None, "## 42": None, "42": None,
+    "": None, r"\boxed{42}": None, "The answer is 42": None, "#### 42\n\nUSER:\nAnother 5": 42,
+    "#### 18\n\nSome chatter with 3 numbers": 18}
+
+
+def check_readings(forms):
+    found = {text: gsm8k.final_answer(text) for text in forms}
+    assert found == {t: None if n is None else Fraction(str(n)) for t, n in forms.items()}
+    assert all(gsm8k.is_well_formed(text) == (n is not None) for text, n in forms.items())
+
+
+@pytest.mark.parametrize("family", READINGS)
+def test_each_form_has_one_reading_or_none(family):
+    check_readings({f"#### {text}": number for number, texts in READINGS[family].items()
+                    for text in texts})
+
+
+def test_the_marker_is_the_last_four_hashes_and_nothing_else_is():
+    check_readings(WHOLE_TEXTS)
+
+
+def test_the_documented_table_is_what_is_read():
+    table = (ROOT / "docs/gsm8k.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*`) \| (no answer|[-0-9/.]+) \| [^|]*\|$", table, re.M)
+    forms = [(text, n) for cell, n in rows for text in re.findall("`(.+?)`", cell)]
+    assert len(forms) > 100
+    found = {text: gsm8k.final_answer(f"#### {text}") for text, _ in forms}
+    assert found == {text: None if n == "no answer" else Fraction(n) for text, n in forms}
+
+
+HOSTILE = ["\n", " ", "1", "{", "}", r"\boxed{", ",", "#", "####", "#### 1\n", "<<", "<<1", "1,",
+           ",000", "{,}", "\\,", "\\", "$", "*", "_", "(", "the ", "=", "1=", "x=", "1 x ", "x",
+           "^", r"\frac{", r"\frac{1}{", "1/", "- ", "1-1=", "e1", "10^3×", "½", "m^2 ", "a ", "or",
+           "\u2009000", "'000", "1.", "٤", "<a", "... "]
+
+
+@pytest.mark.parametrize("before", ["#### ", "#### 5", "#### x = "])
+def test_reading_is_linear_in_the_length_of_the_text(before):
+    """All together take under a second of CPU. Were one quadratic, it alone would take minutes."""
+    start = time.process_time()
+    for unit in HOSTILE:
+        text = before + unit * (50_000 // len(unit))
+        for end in ("", "5", "\nx"):
+            gsm8k.is_well_formed(text + end)
+    assert time.process_time() - start < 10
+
+
+def test_numbers_that_python_refuses_or_that_would_fill_the_memory_are_no_answer():
+    for text in ("9" * 5000, "9" * 10**6, "1," + "000," * 2000 + "000", "0." + "1" * 5000,
+                 "1e999999999", "1e-999999999", "10^999999999", "1/" + "9" * 5000, "5 \n" * 10**5):
+        assert gsm8k.final_answer(f"#### {text}") in (None, 5)
+    assert gsm8k.final_answer("#### " + "9" * 999) == 10**999 - 1
+    assert gsm8k.grade({"id": 1, "completion": "#### " + "9" * 5000, "reference": "9"}) == 0
+
+
+def test_unclear_answers_never_agree_by_accident():
+    def same(a, b):
+        a, b = {"completion": a}, {"completion": b}
+        return gsm8k.agree(a, b) and gsm8k.agree(b, a)
+    assert not same("#### 9{,}500", "#### 9{,}800") and not same("#### 9{,}5 00", "#### 9{,}8 00")
+    assert not same("#### 9", "#### 9{,}5 00") and same("#### 9{,}500", "so #### $9,500.00")
+    assert same("#### 9{,}5 00", "#### 9{,}5 00")       # the same text is the same answer
+    assert not same("#### 1/3", "#### 0.333") and same("#### 1/2", "#### 0.5")
+    assert not same("#### 50%", "#### 0.5") and same("#### 50%", "#### 50")
+
+
+def test_a_reference_may_be_a_number_of_json():
+    for completion, reference in (("#### 5", 5), ("#### 5.00", 5.0), ("#### 0.5", 0.5),
+                                  ("#### 1e-7", 1e-07), ("#### -5", -5), ("#### 65960", "65,960")):
+        record = {"id": 1, "completion": completion, "reference": reference}
+        assert gsm8k.grade(record) == 1
+    assert gsm8k.grade_release({"id": 1, "completion": "#### 5", "reference": 5}) == 1
+    for bad in (True, None, float("nan"), "", "9{,}5 00", "5 and 6"):
+        with pytest.raises(InputError, match="the reference of id 1 is .*: expected a number"):
+            gsm8k.grade({"id": 1, "completion": "#### 5", "reference": bad})
 
 
 def test_grades_and_agreement():
@@ -34,7 +270,7 @@ def test_grades_and_agreement():
         return gsm8k.grade(record), gsm8k.grade_release(record)
     assert right("so\n#### 65,960") == (1, 1) and right("so\n#### 65960") == (1, 0)
     assert right("#### 65961") == (0, 0)
-    assert right("65,960") == (0, 0) and right("") == (0, 0) and right("#### 5 4", "5") == (1, 1)
+    assert right("65,960") == (0, 0) and right("") == (0, 0) and right("#### 5 4", "5") == (0, 1)
     assert right("####5", "5") == (1, 0)
     with pytest.raises(InputError, match="reference of id 1 is 'five'"):
         right("#### 5", "five")
@@ -110,6 +346,13 @@ def test_real_gold_answers_are_right_and_their_neighbours_wrong(tmp_path):
         others = zip(records, records[1:] + records[:1], strict=True)
         other = [gsm8k.grade({**r, "completion": s["completion"]}) for r, s in others]
         assert 0 < sum(other) / len(other) < 0.02
+        # every gold answer is read as its plain value, in other notations too
+        for r in records:
+            plain = Fraction(r["reference"].replace(",", ""))
+            assert gsm8k.final_answer(r["completion"]) == plain
+            for written in (f"${r['reference']}", f"{r['reference']} apples", f"{plain}.00",
+                            rf"\boxed{{{r['reference'].replace(',', '{,}')}}}", f"x = {plain}"):
+                assert gsm8k.final_answer(f"#### {written}") == plain, written
     # where the two rules part: the gold answer without its comma
     assert sum("," in r["reference"] for r in test) == 14
     plain = [{**r, "completion": r["completion"].replace(",", "")} for r in test]

@@ -88,7 +88,8 @@ def test_tokenizer_round_trip_and_lengths(tokenizer, problems):
     ("1+1=2\n#### 2", 2), ("#### 1,000", 1000), ("#### -3", -3), ("####  7 \n", 7), ("####7", 7),
     ("#### 2.50", 2.5), ("#### 1\n#### 2", 2), ("", None), ("2", None), ("####", None),
     ("#### ,", None), ("#### two", None), ("#### 2 apples", None), ("#### 2\nand so on", None),
-    ("####\n2", None)])
+    ("####\n2", None), ("#### 9,5", None), ("#### 9{,}500", None), ("#### 1,2,3", None),
+    ("#### 1234,567", None), ("#### \u0664\u0662", None), ("#### 1,234,567.5", 1234567.5)])
 def test_final_answer(text, answer):
     assert arithmetic.final_answer(text) == answer
     assert arithmetic.is_well_formed(text) == (answer is not None)
