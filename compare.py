@@ -78,7 +78,8 @@ def train(args):
     examples, stopping, reported = [judge.both_orders(tokenizer, s) for s in splits]
     judge.probe_judge(model, [ids for ids, _ in examples], args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
-    check_memory(model, optimizers, args, device, 0)
+    questions = [(ids, [0] * len(ids)) for ids, _ in examples]
+    check_memory(model, optimizers, args, device, questions)
     training = Training(folder, model, optimizers, args.state_every)
     state = training.state
     best, history = state.get("best", math.inf), state.get("history", [])
@@ -94,15 +95,14 @@ def train(args):
             break
         order = np.random.default_rng([args.seed, epoch]).permutation(len(examples))
         for k in range(done % steps_per_epoch, steps_per_epoch):
-            batch = [examples[i] for i in order[k * args.batch_size:(k + 1) * args.batch_size]]
-            sequences = [(ids, [0] * len(ids)) for ids, _ in batch]
-            classes = torch.tensor([c for _, c in batch], device=device)
+            batch = order[k * args.batch_size:(k + 1) * args.batch_size]
+            sequences = [questions[i] for i in batch]
+            classes = torch.tensor([examples[i][1] for i in batch], device=device)
             for attempt in attempts(model, args):   # again, in smaller parts, if memory runs out
                 with attempt:
                     # None: frees what a failed try has computed
                     loss, logits, micro_loss = 0.0, None, None
-                    for micro in pack(sequences, args.row_tokens, args.micro_tokens, device,
-                                      model):
+                    for micro in pack(sequences, args.micro_tokens, device, model):
                         owner, logits = judge.judge_logits(model, micro)
                         # ABLATION: the judge's loss
                         micro_loss = torch.nn.functional.cross_entropy(
@@ -116,7 +116,7 @@ def train(args):
             norm = apply_gradients(model, optimizers, lr)
             done += 1
             training.log(step=done, epoch=epoch, loss=loss, lr=lr, grad_norm=norm,
-                         tokens=sum(len(ids) for ids, _ in batch))
+                         tokens=sum(len(ids) for ids, _ in sequences))
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             bar.update()
             if args.stop_accuracy and done % check_every == 0:
@@ -305,7 +305,6 @@ def parser():
                    "samples of --a are paired two by two")
     s.add_argument("--out", required=True, help="file to write")
     s.add_argument("--batch-size", type=positive, default=256, help="pairs appended together")
-    s.add_argument("--row-tokens", type=positive, default=2048, help="as in training")
     s.add_argument("--micro-tokens", type=positive, default=16384, help="tokens per forward pass")
     s.add_argument("--chat-template", action="store_true",
                    help="prompts in the judge's own chat format, as it was trained")

@@ -25,7 +25,6 @@ from core.judge import held_out_error
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
-from core.packing import labelled_share
 from core.pairs import Pairs, encode_pairs, pair_batches, reference_logps, sequence_logps
 from core.probe import probe
 from core.records import InputError, complete, read_jsonl
@@ -232,7 +231,7 @@ def main(args):
         model.gradient_checkpointing_enable()
     model.train()
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
-    check_memory(model, optimizers, args, device, labelled_share(sides, args.row_tokens, 2))
+    check_memory(model, optimizers, args, device, sides, 2)
     tokens_of = [sum(len(ids) for ids, _ in pair) for pair in pairs]
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(pairs) / args.batch_size)

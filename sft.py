@@ -27,7 +27,7 @@ from core.distributed import home, shard, summed, world
 from core.memory import attempts, check_memory
 from core.models import open_model, pick_device, pick_dtype, save_model, what_trains
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
-from core.packing import completion_logps, labelled_share, pack
+from core.packing import completion_logps, pack
 from core.precision import exact_in
 from core.probe import probe
 from core.records import InputError, complete, half_of, read_jsonl
@@ -138,7 +138,7 @@ def main(args):
     set_stops(model, tokenizer)
     probe(model, sequences, args, device)
     optimizers = make_optimizers(model, args.optimizer, args.lr, device)
-    check_memory(model, optimizers, args, device, labelled_share(sequences, args.row_tokens))
+    check_memory(model, optimizers, args, device, sequences)
     training = Training(folder, model, optimizers, args.state_every)
     steps_per_epoch = math.ceil(len(sequences) / args.batch_size)
     total, done = steps_per_epoch * args.epochs, training.state.get("step", 0)
@@ -155,7 +155,7 @@ def main(args):
                 with attempt:
                     # None: frees what a failed try has computed
                     loss, logps, micro_loss = 0.0, None, None
-                    for micro in pack(batch, args.row_tokens, args.micro_tokens, device, model):
+                    for micro in pack(batch, args.micro_tokens, device, model):
                         logps, weights, _ = completion_logps(model, micro)
                         # ABLATION: the SFT loss
                         # divided by the whole batch's weight, so that micro-batches add up exactly

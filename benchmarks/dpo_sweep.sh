@@ -26,8 +26,8 @@ for share in $SHARES; do
     for seed in $TRAININGS; do
       model=$out/${share}_${lr}_$seed
       [ -e "$model" ] || "$PYTHON" dpo.py --model "$run/sft/model_1" --data "$pairs" \
-        --out "$model" --lr "$lr" --epochs 2 --batch-size 32 --row-tokens 128 \
-        --micro-tokens 2048 --seed "$seed" >&2
+        --out "$model" --lr "$lr" --epochs 2 --batch-size 32 --micro-tokens 2048 \
+        --seed "$seed" >&2
       [ -e "$model.jsonl" ] || "$PYTHON" generate.py --model "$model" \
         --data "$run/data/validation.jsonl" --out "$model.jsonl" --max-new-tokens 56 \
         --batch-size 128 >&2

@@ -42,8 +42,7 @@ def finetuned(top, size):
     make_model(top / "base", size)
     write_jsonl(top / "train.jsonl", problems("train", 8000))
     run_main(sft, "--model", top / "base", "--data", top / "train.jsonl", "--out", top / "model",
-             "--epochs", 3, "--lr", 2e-3, "--optimizer", "muon", "--row-tokens", 1,
-             "--micro-tokens", 1024)
+             "--epochs", 3, "--lr", 2e-3, "--optimizer", "muon", "--micro-tokens", 1024)
     return top / "model"
 
 

@@ -110,7 +110,7 @@ def of_one_size(top, size, rate, args):
         times = []
         for _ in range(args.repeats):
             marks, _ = train(stage, top / "model", data, batch,
-                             ["--row-tokens", "1", "--micro-tokens", "1024"])
+                             ["--micro-tokens", "1024"])
             times.append((marks[-1] - marks[0]) * steps / (steps - 1) / tokens)
         return statistics.median(times)
     lengths = [count(r, "prompt", "completion") for r in records]
@@ -124,7 +124,7 @@ def of_one_size(top, size, rate, args):
     questions = [encode_pair(tokenizer, p["prompt"], p["chosen"], p["rejected"]) for p in pairs]
     judge = open_model(top / "model", torch.device("cpu"), "AutoModelForSequenceClassification",
                        num_labels=2).eval()
-    packing = argparse.Namespace(row_tokens=1, micro_tokens=2048)
+    packing = argparse.Namespace(micro_tokens=2048)
     took = seconds(lambda: probabilities(judge, questions, packing, "cpu"), args.repeats)
     lengths = [len(q) for q in questions]
     found["judge"] = took / sum(lengths)
@@ -140,11 +140,12 @@ def of_one_size(top, size, rate, args):
 
 def of_length(args):
     """Seconds per 1,000 tokens against a sequence's length, at 4,096 tokens a step."""
+    from core.attention import join, separate
     from core.decoding import decode
     from core.packing import completion_logps, pack
-    single, packed = "SFT, one sequence a row", "SFT, packed rows of 2,048"
+    single, one_row = "SFT, one sequence a row", "SFT, one row, attention by sequences"
     generation = "generation, after a prompt"
-    curves = {name: [] for name in (single, packed, generation)}
+    curves = {name: [] for name in (single, one_row, generation)}
     with tempfile.TemporaryDirectory() as folder:
         make_model(folder, "3M")
         tokenizer, model = opened(folder)
@@ -153,8 +154,8 @@ def of_length(args):
         text = r["prompt"] + r["completion"]
         stream += tokenizer(text, add_special_tokens=False).input_ids
 
-    def step(sequences, row_tokens):
-        for micro in pack(sequences, row_tokens, 2048):
+    def step(sequences):
+        for micro in pack(sequences, 2048, model.device, model):
             logps, weights, _ = completion_logps(model, micro)
             (logps * weights).sum().backward()
         model.zero_grad()
@@ -166,8 +167,9 @@ def of_length(args):
         weights = [0.0] * half + [1.0] * (length - half)
         starts = range(0, 4096, length)
         sequences = [(stream[start:start + length], weights) for start in starts]
-        for name, row in ((single, 1), (packed, 2048)):
-            took = seconds(lambda s=sequences, row=row: step(s, row), args.repeats)
+        for name, way in ((one_row, separate), (single, join)):
+            way(model)
+            took = seconds(lambda s=sequences: step(s), args.repeats)
             curves[name].append((length, 1000 * took / 4096))
         prompts = [stream[k * 50:k * 50 + length] for k in range(16)]
         prefill = decoding(prompts, 1)
@@ -232,7 +234,7 @@ def measured(*command):
 
 def commands(top, here):
     """{stage: command} of every stage on the records in `here`."""
-    packing = ["--row-tokens", 128, "--micro-tokens", 4096]
+    packing = ["--micro-tokens", 4096]
     learn = ["--epochs", 1, "--batch-size", 256, *packing]
     task = ["--task", "arithmetic"]
     labels, samples = here / "labels.jsonl", here / "samples.jsonl"

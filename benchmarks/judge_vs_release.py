@@ -48,7 +48,7 @@ def main(args):
     for p in preferences(problems("train", args.pairs)):
         questions.append(encode_pair(tokenizer, p["prompt"], p["chosen"], p["rejected"]))
         questions.append(encode_pair(tokenizer, p["prompt"], p["rejected"], p["chosen"]))
-    packing = argparse.Namespace(row_tokens=1, micro_tokens=args.micro_tokens)
+    packing = argparse.Namespace(micro_tokens=args.micro_tokens)
     probe_judge(model, questions, packing, cpu)
     plain.config.pad_token_id = -1          # one question at a time is read at its last token
 

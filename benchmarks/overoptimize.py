@@ -50,7 +50,7 @@ def logps(model_path, records):
         sequences.append((prompt + completion, weights))
     total = torch.zeros(len(sequences))
     with torch.inference_mode():
-        for batch in pack(sequences, 256, 4096):
+        for batch in pack(sequences, 4096, model.device, model):
             found, _, owner = completion_logps(model, batch)
             total.index_add_(0, owner, found)
     return total
@@ -75,8 +75,7 @@ def look(work, name, model, run, args):
     if name != "sft":
         judged = stage(work / f"{name}.judged.jsonl", "compare.py", "score",
                        "--judge", run / "judge/model", "--task", args.task, "--a", of_sft,
-                       "--b", samples, "--row-tokens", 256, "--micro-tokens", 4096,
-                       "--device", "cpu")
+                       "--b", samples, "--micro-tokens", 4096, "--device", "cpu")
         favour = [0.5 if c["agree"] else c["prob_b"] for c in read_jsonl(judged)]
     # the log-probability of a sample that was cut off would lack its end
     own = [r for r in read_jsonl(samples) if not r["truncated"]]
@@ -129,8 +128,8 @@ def main(args):
     for beta in args.beta:
         model = stage(work / f"beta_{beta}", "dpo.py", "--model", sft,
                       "--data", run / "dpo_1/preferences.jsonl", "--beta", beta, "--lr", args.lr,
-                      "--epochs", args.epochs, *save_at, "--row-tokens", 128,
-                      "--micro-tokens", 2048, "--device", "cpu")
+                      "--epochs", args.epochs, *save_at, "--micro-tokens", 2048,
+                      "--device", "cpu")
         with (model / "metrics.jsonl").open() as lines:
             steps = [json.loads(line)["step"] for line in lines][-1]
         curves[beta] = []

@@ -38,8 +38,8 @@ SETTINGS = dict(
     TRAIN="36", GT="20", TEST="12", ROUNDS="1", METHODS="ilr dpo", SEEDS="0", RETRAINS="1",
     WEAK_EPOCHS="2", WEAK_BATCH="4", CHECKPOINTS="60", SFT_EPOCHS="2", SFT_BATCH="4",
     SFT_LR="5e-4", JUDGE_LR="1e-5", JUDGE_EPOCHS="1", DPO_SAMPLES="2", DPO_ALPHA="0.5",
-    DPO_EPOCHS="1", DPO_BATCH="4", PACKING="--row-tokens 512 --micro-tokens 1024 "
-    "--gradient-checkpointing", SCORING="--row-tokens 512 --micro-tokens 2048",
+    DPO_EPOCHS="1", DPO_BATCH="4", PACKING="--micro-tokens 1024 --gradient-checkpointing",
+    SCORING="--micro-tokens 2048",
     DECODING=f"--max-new-tokens {NEW} --batch-size 16", STATE_EVERY="1e9", JOBS="2", THREADS="1")
 
 

@@ -9,6 +9,7 @@ rates). Writes results/simulated_card.md and .json. Takes 2 GB and two minutes.
 """
 import collections
 import contextlib
+import itertools
 import math
 from unittest import mock
 
@@ -128,9 +129,23 @@ def filled(groups):
     """Sequences of the groups, in their order, that fill a micro-batch of rows; none is divided."""
     found = []
     for group in groups:
-        if len(list(pack(found + group, ROW, TOKENS))) == 1:
+        if math.prod(rows_of(found + group, 1)) <= TOKENS:
             found = found + group
     return found
+
+
+def rows_of(sequences, group):
+    """(rows, their length) of sequences as `pack` laid them out before: the longest groups first,
+    each sequence in the first row of up to ROW tokens that has room."""
+    lengths, rows = [len(ids) for ids, _ in sequences], []
+    groups = [lengths[k:k + group] for k in range(0, len(lengths), group)]
+    for n in itertools.chain(*sorted(groups, key=sum, reverse=True)):
+        k = next((k for k, used in enumerate(rows) if used + n <= ROW), None)
+        if k is None:
+            rows.append(n)
+        else:
+            rows[k] += n
+    return len(rows), max(rows)
 
 
 def sequences_of(record, *sides):
@@ -164,14 +179,18 @@ def attend_on_cuda(module, q, k, v, mask, units, scaling=None, sliding_window=No
 
 def train(model, sequences, group, way):
     """A forward and a backward pass, the first of a step."""
-    (batch,) = pack(sequences, ROW if way == "before" else 0, TOKENS, META, group=group)
     labelled = int(sum(sum(weights[1:]) for _, weights in sequences))
-    read = masked_logps if way == "before" else completion_logps
     model.train().zero_grad()
-    if way != "before":
+    if way == "before":
+        read, shape = masked_logps, rows_of(sequences, group)
+        batch = {name: torch.zeros(shape, dtype=dtype, device=META) for name, dtype in (
+            ("input_ids", torch.long), ("position_ids", torch.long), ("weights", torch.float))}
+    else:
+        read = completion_logps
         attention.separate(model)
+        (batch,) = pack(sequences, TOKENS, META, model, group)
     with (mock.patch.dict(AttentionInterface._global_mapping, {attention.NAME: attend_on_cuda}),
-          simulated(labelled=labelled, pairs=compared(batch["units"] or ())) as simulation):
+          simulated(labelled=labelled, pairs=compared(batch.get("units", ()))) as simulation):
         logps = read(model, batch)
         logps[0].sum().backward()
     attention.join(model)

@@ -20,13 +20,18 @@ def separate(model):
     AttentionInterface.register(NAME, attend)
     if implementation(model) == "sdpa":
         model.set_attn_implementation(NAME)
-    return implementation(model) == NAME
+    return is_separate(model)
 
 
 def join(model):
     """Undo `separate`."""
-    if implementation(model) == NAME:
+    if is_separate(model):
         model.set_attn_implementation("sdpa")
+
+
+def is_separate(model):
+    """Whether the model's attention is `attend` now."""
+    return implementation(model) == NAME
 
 
 def implementation(model):

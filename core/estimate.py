@@ -99,11 +99,11 @@ class Estimate:
         return model
 
     def training(self, args, kind):
-        prompt, answer, _ = self.lengths
+        prompt, answer, longest = self.lengths
         made, rank = self.made_by(args.model or args.init_config), getattr(args, "lora_rank", 0)
         made = self.made[args.out] = Made(made.base, rank)
-        sides = 1 if kind == "sft" else 2
-        # a pair is one sequence whose prompt is there once, a question of the judge has two answers
+        sides, group = 1 if kind == "sft" else 2, 2 if kind == "dpo" else 1
+        # the prompt of a pair is there once, a question of the judge has two answers
         length, labelled = prompt + sides * answer, sides * answer / (prompt + sides * answer)
         if kind == "compare":       # the pairs of 80% of the problems, in both orders
             examples = int(0.8 * 2 * self.count(args.gold) * (1 + args.wrong_per_problem))
@@ -115,7 +115,8 @@ class Estimate:
         model = self.opened(made, getattr(args, "load_in_4bit", 0), args.dtype, kind == "compare")
         state = state_bytes(OPTIMIZERS[args.optimizer], model.trained,
                             model.model.get_input_embeddings().weight)
-        needs = plan(model.model, state, args, labelled)
+        needs = plan(model.model, state, args, labelled,
+                     longest + sides // group * answer, group)
 
         steps = math.ceil(examples / args.batch_size)       # of an epoch
         passes = steps * math.ceil(args.batch_size * length / max(args.micro_tokens, length))
@@ -166,11 +167,12 @@ class Estimate:
         return Cost(memory, 0, seconds + START, 0, words)
 
     def judging(self, args, kind):
-        prompt, answer, _ = self.lengths
+        prompt, answer, longest = self.lengths
         model = self.opened(self.made_by(args.judge), False, args.dtype, True)
         pairs = self.counts[args.out] = self.count(args.a) // (1 if args.b else 2)
-        micro = max(args.micro_tokens, args.row_tokens)
-        memory = model.bytes + reading_bytes(model.config, model.size, micro, args.row_tokens)
+        longest += 2 * answer
+        memory = model.bytes + reading_bytes(model.config, model.size,
+                                             max(args.micro_tokens, 2 * longest), longest)
         seconds = model.seconds(self.card, pairs * (prompt + 4 * answer), prompt / 2 + answer, 0, 0)
         return Cost(memory, 0, seconds + START + 2 * model.count / DISK, 0,
                     f"{model.name}, {pairs:,} pairs in both orders, at most")

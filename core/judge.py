@@ -204,10 +204,10 @@ def average_orders(prob_b_ab, prob_b_ba):
 
 @inside_forward
 def judge_logits(model, batch):
-    """The judge's answers to the N sequences of a packed micro-batch.
+    """The judge's answers to the N sequences of a micro-batch.
 
     Returns owner int64 (N,) and logits fp32 (N, 2) of [keep A, change to B], read at each
-    sequence's last token. Packed rows need no padding token, so a final EOS is read.
+    sequence's last token. No padding token is looked for, so a final EOS is read.
     """
     import torch
     owner = batch["owner"]
@@ -222,14 +222,13 @@ def probabilities(model, sequences, args, device):
     """P(change to B) of each sequence of token ids, as a list of floats.
 
     sequences: the two orders of a pair follow each other; they may share their prompt.
-    args: its row_tokens and micro_tokens are read. Raises FloatingPointError for NaN.
+    args: its micro_tokens is read. Raises FloatingPointError for NaN.
     """
     import torch
     probs = torch.zeros(len(sequences))
-    packed = pack([(ids, [0] * len(ids)) for ids in sequences], args.row_tokens,
-                  args.micro_tokens, device, model, 2)
+    questions = [(ids, [0] * len(ids)) for ids in sequences]
     with torch.no_grad():
-        for batch in packed:
+        for batch in pack(questions, args.micro_tokens, device, model, 2):
             owner, logits = judge_logits(model, batch)
             probs[owner.cpu()] = logits.softmax(-1)[:, 1].cpu()
     probs = summed(probs, model)

@@ -15,6 +15,7 @@ from core.needs import (
     size_of,
     state_bytes,
 )
+from core.packing import labelled_share
 from core.records import InputError
 
 
@@ -40,32 +41,29 @@ def free_bytes(device):
     return device_bytes(device) - used
 
 
-def check_memory(model, optimizers, args, device, labelled):
+def check_memory(model, optimizers, args, device, sequences, group=1):
     """Print what training needs and what the device has, in GB; per process if there are several.
 
-    args: of the stage; labelled: share of the tokens whose logits are computed. Raises InputError
-    if it cannot fit; the message names the first flag that would make it fit, cheapest first.
+    args: of the stage; sequences and group as in `core.packing.pack`. Raises InputError if it
+    cannot fit; the message names the first flag that would make it fit, cheapest first.
     """
+    labelled, longest = labelled_share(sequences, model, group), max(len(s[0]) for s in sequences)
     embedding, have = model.get_input_embeddings().weight, device_bytes(device)
-    state = sum(state_bytes(type(o).__name__, group["params"], embedding)
-                for o in optimizers for group in o.param_groups)
-    needs = plan(model, state, args, labelled)
+    state = sum(state_bytes(type(o).__name__, part["params"], embedding)
+                for o in optimizers for part in o.param_groups)
+    needs = plan(model, state, args, labelled, longest, group)
     line = f"memory: {needs} = {needs.total() / 1e9:.3g} of {have / 1e9:.3g} GB"
     line += f" in each of {world()} processes" if world() > 1 else ""
     if needs.total() <= have:
         print(line)
         return
 
-    def activations(n, row):
-        return activation_bytes(model, n, row, labelled, True)
-    checkpoint, row = "--gradient-checkpointing", args.row_tokens
-    least = activations(max(args.micro_tokens, row), row)
+    def activations(n):
+        return activation_bytes(model, max(n, group * longest), longest, labelled, True)
+    checkpoint, least = "--gradient-checkpointing", activations(args.micro_tokens)
     ways = [(checkpoint, needs._replace(activations=least).total())]     # (flags, bytes with them)
-    for n in (2048, 1024, 512):
-        rows = f" --row-tokens {n}" if row > n else ""
-        flags = f"{checkpoint}{rows} --micro-tokens {n}"
-        smaller = needs._replace(activations=activations(n, min(n, row)))
-        ways.append((flags, smaller.total()))
+    ways += [(f"{checkpoint} --micro-tokens {n}",
+              needs._replace(activations=activations(n)).total()) for n in (2048, 1024, 512)]
     if hasattr(args, "lora_rank"):
         # on every linear layer; of each weight of an adapter itself, gradient and state in fp32
         linears = [m for m in model.modules() if hasattr(m, "in_features")]
@@ -114,11 +112,11 @@ def attempts(model, args):
             yield
             done.append(True)
         except RuntimeError as e:
-            tokens = max(args.micro_tokens, args.row_tokens) // 2
+            tokens = args.micro_tokens // 2
             # one of several processes cannot repeat its passes alone
             if not lacks_memory(e) or tokens < 64 or world() > 1:
                 raise
-            args.micro_tokens, args.row_tokens = tokens, min(args.row_tokens, tokens)
+            args.micro_tokens = tokens
             print(f"out of memory: going on with --micro-tokens {tokens}")
     while not done:
         yield attempt()

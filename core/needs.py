@@ -49,12 +49,12 @@ def size_of(params, trained=False):
 
 
 # ---------------------------------------------------------------- training
-def layer_bytes(model, row_tokens):
+def layer_bytes(model, longest):
     """(bytes a token that autograd keeps of a layer, those of them that are attention's scores).
 
     Of a norm its input in fp32, its output and, if its weight is trained, what this is multiplied
-    with; 5 a from the queries to the attention's output; 4 i of the gated MLP; of the attention's
-    mask a row; where attention is `eager`, 8 bytes for each score.
+    with; 5 a from the queries to the attention's output; 4 i of the gated MLP; where attention is
+    `eager`, 8 bytes for each score of a sequence of `longest` tokens.
     """
     config, size = model.config.get_text_config(), compute_size(model)
     s, layer = shape_of(config), (layers_of(model) or [model])[0]
@@ -62,17 +62,15 @@ def layer_bytes(model, row_tokens):
     widths = [m.weight.numel() for m in layer.modules()
               if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
     normed = sum(s.h if n == s.h else (s.a + s.kv) / 2 for n in widths)      # else of a head's size
-    eager = getattr(config, "_attn_implementation", "") == "eager"
-    scores = 8 * s.heads * row_tokens if eager else 0
-    return (normed * (4 + values_of_norm * size) + size * (5 * s.a + 4 * s.inner + row_tokens)
-            + scores), scores
+    scores = score_bytes(config) * longest
+    return normed * (4 + values_of_norm * size) + size * (5 * s.a + 4 * s.inner) + scores, scores
 
 
-def activation_bytes(model, tokens, row_tokens, labelled, checkpointing):
+def activation_bytes(model, tokens, longest, labelled, checkpointing):
     """The most bytes of activations at once in a micro-batch of `tokens` tokens.
 
-    model: may be on the meta device; row_tokens: of a row; labelled: share of the tokens whose
-    logits are computed.
+    model: may be on the meta device; longest: tokens of the longest sequence; labelled: share of
+    the tokens whose logits are computed.
 
     A checkpointed layer keeps its input, and one layer at a time all of `layer_bytes`. To that
     comes the larger of two: at the head four fp32 values for each logit (logits, their
@@ -81,7 +79,7 @@ def activation_bytes(model, tokens, row_tokens, labelled, checkpointing):
     or half of the scores again.
     """
     s, size = shape_of(model.config.get_text_config()), compute_size(model)
-    a_token, scores = layer_bytes(model, row_tokens)
+    a_token, scores = layer_bytes(model, longest)
     trained = any(p.requires_grad for p in model.get_input_embeddings().parameters())
     kept = tokens * s.layers * (size * s.h if checkpointing else a_token)
     head = 16 * tokens * labelled * s.vocabulary + tokens * s.h * (4 + 3 * size)
@@ -131,8 +129,9 @@ class Plan(namedtuple("Plan", "weights remainders gradients optimizer gathered a
                           if value and name != less)
 
 
-def plan(model, state, args, labelled):
-    """The Plan of a training; state: bytes of its optimizers' state; else as `check_memory`.
+def plan(model, state, args, labelled, longest, group=1):
+    """The Plan of a training; state: bytes of its optimizers' state; group: so many sequences are
+    never divided; else as `activation_bytes`.
 
     Trained 16-bit weights have remainders of 2 bytes (core/precision.py). Gradients are of their
     weights' type.
@@ -140,19 +139,19 @@ def plan(model, state, args, labelled):
     size, params = compute_size(model), list(model.parameters())
     exact = [p.numel() for p in params if p.requires_grad and p.element_size() == 2]
     parts = (size_of(params), 2 * sum(exact), size_of(params, True), state)
-    tokens = max(args.micro_tokens, args.row_tokens)
-    activations = activation_bytes(model, tokens, min(tokens, args.row_tokens), labelled,
-                                   args.gradient_checkpointing)
+    activations = activation_bytes(model, max(args.micro_tokens, group * longest), longest,
+                                   labelled, args.gradient_checkpointing)
     return Plan(*(part / world() for part in parts), gathered_bytes(model, size), activations,
                 STEP * max(exact, default=0))
 
 
 # ---------------------------------------------------------------- decoding
-def reading_bytes(config, size, tokens, row_tokens):
-    """Bytes of one layer's activations while `tokens` tokens in rows of `row_tokens` are read."""
+def reading_bytes(config, size, tokens, length):
+    """Bytes of one layer's activations while `tokens` tokens in rows of `length` are read, with a
+    mask."""
     s = shape_of(config)
-    return (size * tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * row_tokens)
-            + score_bytes(config) * tokens * row_tokens)
+    return (size * tokens * (4 * s.h + max(4 * s.inner, 6 * s.a) + 2 * length)
+            + score_bytes(config) * tokens * length)
 
 
 def score_bytes(config):

@@ -1,8 +1,9 @@
-"""Packed rows: several sequences side by side in one row of a batch, without cross-talk."""
+"""Micro-batches: many sequences in one row where the model keeps them apart, else one a row."""
 import functools
 import math
 import os
 
+from core.attention import is_separate
 from core.distributed import inside_forward, most, own_share
 
 # Rows of attention by sequences are padded to a multiple of MULTIPLE tokens: oneDNN makes a plan
@@ -10,30 +11,28 @@ from core.distributed import inside_forward, most, own_share
 MULTIPLE = 32
 
 
-def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None, group=1):
+def pack(sequences, micro_tokens, device, model, group=1, shared=True):
     """Sequences -> micro-batches of up to `micro_tokens` tokens, longest first.
 
     sequences: list of (token ids, loss weight of each token as a target; the first is ignored).
-    group: so many following sequences are never divided; a larger group may exceed micro_tokens.
-    row_tokens: 0 for a model whose attention keeps sequences apart (core/attention.py): then a
-    micro-batch is one row with less than MULTIPLE tokens of padding, where a group's common
-    beginning, up to its first target, stands once. Else rows hold up to `row_tokens` tokens, or
-    one longer sequence.
+    group: so many following sequences are never divided; a group may exceed micro_tokens.
+    If the model's attention keeps sequences apart (core/attention.py), a micro-batch is one row
+    with less than MULTIPLE tokens of padding, where a group's common beginning, up to its first
+    target, stands once. Else a sequence is a row, padded to the longest.
     Yields at least one micro-batch, padding if there is no sequence: a dict of (rows, length)
     tensors
         input_ids     int64
         position_ids  int64; they restart with every sequence, or go on after the beginning
         weights       fp32; loss weight of predicting the next token
         owner         int64; index into `sequences`, -1 for padding; of a beginning the first one
-    and `packed`, a bool: whether any row holds two sequences; `units`: None, or what
-    `core.attention.attend` needs; `members`: the indices into `sequences`, in the rows' order.
+    and `units`: None, or what `core.attention.attend` needs; `members`: the indices into
+    `sequences`, in the rows' order.
     If `model` is sharded, a process gets its share of the groups, and padding until all
-    processes have the same number of micro-batches.
+    processes have the same number of micro-batches; unless `shared` is False.
     """
-    one_row = row_tokens == 0
-    row_tokens = row_tokens or micro_tokens
+    one_row, among = is_separate(model), model if shared else None
     groups = [range(k, min(k + group, len(sequences))) for k in range(0, len(sequences), group)]
-    # a part of a row is sequences with a common beginning, or just one
+    # a part is what stands together: sequences with a common beginning, or just one
     groups = [[tuple(g)] if one_row else [(i,) for i in g] for g in groups]
 
     @functools.cache
@@ -41,18 +40,22 @@ def pack(sequences, row_tokens, micro_tokens, device="cpu", model=None, group=1)
         lengths = [len(sequences[i][0]) for i in part]
         return sum(lengths) - (len(part) - 1) * beginning([sequences[i] for i in part])
 
+    def size(parts):
+        lengths = list(map(tokens, parts))
+        return sum(lengths) if one_row else len(parts) * max(lengths)
+
     groups.sort(key=lambda parts: -sum(map(tokens, parts)))
-    micros, rows = [], []
-    for parts in own_share(groups, model):
-        more = placed(parts, rows, tokens, row_tokens)
-        if rows and len(more) * max(sum(map(tokens, row)) for row in more) > micro_tokens:
-            micros.append(rows)
-            more = placed(parts, [], tokens, row_tokens)
-        rows = more
-    micros.append(rows)
-    micros += [[]] * (most(len(micros), model) - len(micros))
-    for rows in micros:
-        yield laid_out(sequences, rows or [[]], one_row, device)
+    micros, parts = [], []
+    for more in own_share(groups, among):
+        if parts and size(parts + more) > micro_tokens:
+            micros.append(parts)
+            parts = []
+        parts = parts + more
+    micros.append(parts)
+    micros += [[]] * (most(len(micros), among) - len(micros))
+    for parts in micros:
+        rows = [parts] if one_row else [[part] for part in parts] or [[]]
+        yield laid_out(sequences, rows, one_row, device)
 
 
 def beginning(sequences):
@@ -66,26 +69,14 @@ def beginning(sequences):
     return max(0, min(same, *(t - 1 for t in targets)))
 
 
-def labelled_share(sequences, row_tokens, group=1):
+def labelled_share(sequences, model, group=1):
     """The share of the tokens of micro-batches whose logits are computed; arguments of `pack`."""
     labelled = sum(sum(w > 0 for w in weights) for _, weights in sequences)
     tokens = sum(len(ids) for ids, _ in sequences)
-    if row_tokens == 0:
+    if is_separate(model):
         tokens -= sum(beginning(sequences[k:k + group]) * (len(sequences[k:k + group]) - 1)
                       for k in range(0, len(sequences), group))
     return labelled / tokens
-
-
-def placed(parts, rows, tokens, row_tokens):
-    """`rows` with some more parts, each in the first row that has room for it, or in a new one."""
-    rows = [list(row) for row in rows]
-    for part in parts:
-        row = next((r for r in rows if sum(map(tokens, r)) + tokens(part) <= row_tokens), None)
-        if row is None:
-            rows.append([part])
-        else:
-            row.append(part)
-    return rows
 
 
 def laid_out(sequences, rows, one_row, device):
@@ -116,24 +107,19 @@ def laid_out(sequences, rows, one_row, device):
         [line + [-1 if name == "owner" else 0] * (width - len(line)) for line in lines],
         dtype=torch.float if name == "weights" else torch.long).to(device, non_blocking=True)
         for name, lines in table.items()}
-    return {**batch, "packed": any(len(row) > 1 for row in rows),
-            "units": tuple(unit for unit in units if sum(unit)) if one_row else None,
+    return {**batch, "units": tuple(unit for unit in units if sum(unit)) if one_row else None,
             "members": [i for row in rows for part in row for i in part]}
 
 
 def model_inputs(batch):
     """The arguments of a forward pass over a micro-batch.
 
-    No attention mask and no cache: only then does transformers build the block-diagonal causal
-    mask from the restarting position_ids, which keeps packed sequences apart, if attention itself
-    does not. Where no row holds two sequences, causal attention is enough: no positions and no
-    mask, for any model.
+    No attention mask and no cache. A row of one sequence, whose padding comes last, needs neither
+    mask nor positions for causal attention, in any model.
     """
     inputs = {"input_ids": batch["input_ids"], "use_cache": False}
-    if batch["packed"] or batch["units"]:
-        inputs["position_ids"] = batch["position_ids"]
     if batch["units"]:
-        inputs["units"] = batch["units"]
+        inputs.update(position_ids=batch["position_ids"], units=batch["units"])
     return inputs
 
 

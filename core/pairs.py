@@ -1,4 +1,4 @@
-"""Preference pairs: as token sequences, packed together, and as log-probabilities."""
+"""Preference pairs: as token sequences, in micro-batches, and as log-probabilities."""
 from collections import namedtuple
 
 from core.distributed import summed
@@ -55,21 +55,21 @@ def encode_pairs(args, tokenizer, records):
 
 
 def sequence_logps(model, batch, count):
-    """(count,) fp32: the summed log-probability of the completion of each packed sequence; 0 for
-    those that are not in this batch."""
+    """(count,) fp32: the summed log-probability of each sequence's completion; 0 for those that are
+    not in this batch."""
     import torch
     logps, _, owner = completion_logps(model, batch)
     return torch.zeros(count, device=logps.device).index_add(0, owner, logps)
 
 
-def pair_batches(pairs, args, device, model=None):
+def pair_batches(pairs, args, device, model):
     """Pack pairs (chosen sequence, rejected sequence), as `pack` does; none is divided.
 
     Yields (indices into pairs, micro-batch), whose sequences are chosen 0, rejected 0, chosen 1,
     and so on. The processes of a sharded model share the pairs.
     """
     sequences = [side for pair in pairs for side in pair]
-    for batch in pack(sequences, args.row_tokens, args.micro_tokens, device, model, 2):
+    for batch in pack(sequences, args.micro_tokens, device, model, 2):
         yield sorted({i // 2 for i in batch["members"]}), batch
 
 

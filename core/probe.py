@@ -1,13 +1,13 @@
 """What a model is asked before it trains or judges. No list of families decides: a test does.
 
-Packed rows are a fast path that not every model can take: some attend across the sequences of a
-row, some carry a state from one into the next. So a few short records go through the model in every
-way that is about to be used, and what differs decides.
+Many records in one row are a fast path that not every model can take: some attend across them, some
+carry a state from one into the next. So a few records go through the model in every way that is
+about to be used, and what differs decides.
 """
 import contextlib
 import itertools
 
-from core.attention import join, separate
+from core.attention import is_separate, join, separate
 from core.distributed import first, inside_forward, is_loss_of_another
 from core.linear import use_onednn
 from core.memory import lacks_memory
@@ -66,25 +66,32 @@ def refusal(what):
         raise InputError(f"{what} ({said})") from None
 
 
-def refuse_cross_talk(ask, tried, changed, row_tokens, alone, slack, noise):
-    """InputError if sequences that share a row are not what they are alone, or if those of `tried`
-    but the first are not what they are in `changed`, where the first one has other tokens."""
-    with refusal("it cannot read packed rows"):
-        packed, other = ask(tried, row_tokens), ask(changed, row_tokens)
-    to_alone, by_another = gap(packed, alone), gap(other[1:], packed[1:])
-    if to_alone > slack or by_another > noise:
-        raise InputError("packed records see each other, which changes them by "
-                         f"{max(to_alone, by_another):.1g} nats a token")
+def what_is_tried(records):
+    """(tried, changed, alike, whole) of the token ids of all records.
+
+    tried: the ends of three of them, because a judge reads the last token; two begin with the same
+    `alike` tokens. changed: these, the first one with other tokens. whole: a long, a middle and a
+    short record, at whose ends shows what depends on a length.
+    """
+    tried = [ids[-n:] for ids, n in zip(itertools.cycle(records), TOKENS, strict=False)]
+    tried.sort(key=len, reverse=True)
+    alike = max(1, min(ALIKE, len(tried[-1]) // 2))
+    tried[1] = tried[0][:alike] + tried[1][alike:]
+    kinds = sorted({i for ids in tried for i in ids})
+    another = dict(zip(kinds, kinds[1:] + kinds[:1], strict=True))
+    changed = [tried[0][:alike] + [another[i] for i in tried[0][alike:]], *tried[1:]]
+    records = sorted(records, key=len)
+    return tried, changed, alike, [records[-1], records[len(records) // 2], records[0]]
 
 
 def probe(model, sequences, args, device, ours=completion_logps):
     """Switch dropout off and on a CPU oneDNN on (core/linear.py), and refuse a model whose training
-    would not be what it says.
+    would not be what it says. Attention by sequences (core/attention.py) stays on if that leaves
+    records what they are alone; if not, it is said aloud, and a record is a row.
 
-    sequences: (token ids, weights) of all records. Three of them are tried, cut short, and one row
-    as full as training makes it. ours: what computes log-probabilities, as `completion_logps`.
-    Sets args.row_tokens to the first of these that leaves records what they are alone: 0 for
-    attention by sequences (core/attention.py), what it is, or 1, aloud, for rows of one record.
+    sequences: (token ids, weights) of all records. Three of them are tried, cut short and whole,
+    and one row as full as training makes it. args: its micro_tokens is read. ours: what computes
+    log-probabilities, as `completion_logps`.
     InputError for token ids without an embedding, for values that are not the model's own, for what
     is random, and for records that are too long for the model. The processes of a sharded model all
     do the same.
@@ -95,27 +102,17 @@ def probe(model, sequences, args, device, ours=completion_logps):
     if highest >= known:
         raise InputError(f"{name}: the tokenizer writes token {highest}, but the model has only "
                          f"{known} embeddings: they do not belong together")
-    # the ends of records, because a judge reads the last token
-    tried = [s[0][-n:] for s, n in zip(itertools.cycle(sequences), TOKENS, strict=False)]
-    tried.sort(key=len, reverse=True)
-    alike = max(1, min(ALIKE, len(tried[-1]) // 2))
-    tried[1] = tried[0][:alike] + tried[1][alike:]
-    kinds = sorted({i for ids in tried for i in ids})
-    another = dict(zip(kinds, kinds[1:] + kinds[:1], strict=True))
-    changed = [tried[0][:alike] + [another[i] for i in tried[0][alike:]], *tried[1:]]
+    records = [ids for ids, _ in sequences]
+    tried, changed, alike, whole = what_is_tried(records)
 
-    # what depends on a length shows at the ends of whole records: a long, a middle, a short one
-    whole = sorted((s[0] for s in sequences), key=len)
-    lengths = [whole[-1], whole[len(whole) // 2], whole[0]]
-
-    def ask(sequences, row_tokens, last=None):
+    def ask(sequences, last=None):
         """Log-probabilities of each sequence's last tokens, or of all from `alike` on."""
         found = [torch.zeros(0)] * len(sequences)
         starts = [max(1, len(ids) - last) if last else alike for ids in sequences]
         weighted = [(ids, [0.0] * start + [1.0] * (len(ids) - start))
                     for ids, start in zip(sequences, starts, strict=True)]
         room = max(1024, sum(map(len, sequences)))
-        for batch in pack(weighted, row_tokens, room, device, None, 2):
+        for batch in pack(weighted, room, device, model, 2, shared=False):
             logps, _, owner = ours(model, batch)
             for i in set(owner.tolist()):
                 found[i] = logps[owner == i].flatten().float().cpu()
@@ -128,9 +125,9 @@ def probe(model, sequences, args, device, ours=completion_logps):
                    for ids in tried]
             without_dropout(model)
             use_onednn(model)
-            alone, beside = ask(tried, 1), ask(changed, 1)
+            alone, beside = ask(tried), ask(changed)
             model.train()
-            training = ask(tried, 1)
+            training = ask(tried)
         # fp32 sums in batches of other shapes differ by 1e-6; a bf16 value is off by up to 0.4%,
         # which 32 layers add up to 0.003 nats (a random Llama). In batches of one shape nothing
         # differs, unless other tokens in other rows make groups of other sizes for the experts.
@@ -145,34 +142,39 @@ def probe(model, sequences, args, device, ours=completion_logps):
                 raise InputError(f"{name}: {what} it computes something else: {got:.4f} instead of "
                                  f"{wanted:.4f} nats a token, each off by "
                                  f"{gap(found, expected):.1g}")
-        with refusal(f"{name}: it cannot read a row of {len(lengths[0])} tokens"):
-            ends = [ask([ids], 1, TOKENS[0])[0] for ids in lengths]
-        for row_tokens in dict.fromkeys((0, args.row_tokens or 1, 1)):
-            if row_tokens == 0 and not separate(model):
-                continue
-            try:
-                if row_tokens != 1:
-                    # at least: some other one comes behind the first
-                    width = row_tokens and len(tried[0]) + len(tried[-1])
-                    refuse_cross_talk(ask, tried, changed, width, training, slack, noise)
-                with refusal("it cannot read whole records beside each other"):
-                    far = gap(ask(lengths, row_tokens, TOKENS[0]), ends)
-                if far > slack:
-                    raise InputError("whole records beside each other change each other, by "
-                                     f"{far:.1g} nats a token")
-                full = row_tokens or args.micro_tokens
-                weighted = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in whole[::-1][:full]]
-                row = next(pack(weighted, row_tokens, 1 if row_tokens else full, device))
-                what = f"it cannot read a row of {row['input_ids'].shape[1]} tokens"
-                # if memory is short, training tries smaller rows
-                with contextlib.suppress(torch.OutOfMemoryError), refusal(what):
-                    ours(model, row)[0].tolist()    # waits for the device, whose errors come late
-                args.row_tokens = row_tokens
-                break
-            except InputError as e:
-                join(model)
-                if row_tokens == 1:
-                    raise InputError(f"{name}: {e}") from None
-                if row_tokens:
-                    print(f"note: {name}: {e}: rows of one record instead, as by --row-tokens 1")
+        with refusal(f"{name}: it cannot read a row of {len(whole[0])} tokens"):
+            ends = [ask([ids], TOKENS[0])[0] for ids in whole]
+
+        def compare_whole():
+            with refusal(f"{name}: it cannot read whole records beside each other"):
+                far = gap(ask(whole, TOKENS[0]), ends)
+            if far > slack:
+                raise InputError(f"{name}: whole records beside each other change each other, by "
+                                 f"{far:.1g} nats a token")
+
+        def compare_one_row():
+            if not separate(model):
+                raise InputError(f"{name}: its attention cannot be computed by sequences")
+            with refusal(f"{name}: it cannot read many records in a row"):
+                together, other = ask(tried), ask(changed)
+            to_alone, by_another = gap(together, training), gap(other[1:], together[1:])
+            if to_alone > slack or by_another > noise:
+                raise InputError(f"{name}: records in one row see each other, which changes them "
+                                 f"by {max(to_alone, by_another):.1g} nats a token")
+            compare_whole()
+            longest = sorted(records, key=len, reverse=True)[:args.micro_tokens]
+            full = [(ids, [0.0] * (len(ids) - 1) + [1.0]) for ids in longest]
+            row = next(pack(full, args.micro_tokens, device, model, shared=False))
+            what = f"{name}: it cannot read a row of {row['input_ids'].shape[1]} tokens"
+            # if memory is short, training tries smaller rows
+            with contextlib.suppress(torch.OutOfMemoryError), refusal(what):
+                ours(model, row)[0].tolist()    # waits for the device, whose errors come late
+
+        try:
+            compare_one_row()
+        except InputError as e:
+            join(model)
+            print(f"note: {e}: a record a row instead")
+        if not is_separate(model):
+            compare_whole()
     model.train(was_training)

@@ -141,9 +141,6 @@ def add_training_flags(p, lr, batch_size, epochs):
                    help="auto: adamw8bit on CUDA, fused adamw on CPU and with several processes")
     p.add_argument("--warmup", type=share, default=0.05,
                    help="share of the steps with a rising learning rate")
-    p.add_argument("--row-tokens", type=positive, default=2048,
-                   help="tokens per row, of models whose attention cannot be computed sequence by "
-                   "sequence; 1: a record a row")
     p.add_argument("--micro-tokens", type=positive, default=4096,
                    help="tokens per forward pass; lower it to save memory")
     p.add_argument("--gradient-checkpointing", action="store_true",

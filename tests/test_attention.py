@@ -73,7 +73,7 @@ def relative_gap(found, expected):
 @pytest.mark.parametrize("family", MODELS)
 def test_one_row_of_pairs_is_every_sequence_alone(family, checkpointing):
     model, sequences = MODELS[family]().train(), random_pairs()
-    alone = [next(pack([s], 1, 1)) for s in sequences]
+    alone = [next(pack([s], 1, "cpu", model)) for s in sequences]
     for k, batch in enumerate(alone):
         batch["owner"] += k
     expected, gradients = loss_and_gradients(model, alone)
@@ -82,7 +82,7 @@ def test_one_row_of_pairs_is_every_sequence_alone(family, checkpointing):
         model.gradient_checkpointing_enable()
     assert separate(model)
     for group, micro_tokens in ((1, 1000), (2, 1000), (2, 60)):
-        batches = list(pack(sequences, 0, micro_tokens, group=group))
+        batches = list(pack(sequences, micro_tokens, "cpu", model, group))
         assert len(batches) == 1 if micro_tokens == 1000 else len(batches) > 2
         found, ours = loss_and_gradients(model, batches)
         # fp32, of about 200 tokens, relative to their size
@@ -100,8 +100,9 @@ def completion_logps_of(model, sequences, together):
     """Hidden states in float64 of all targets, in the order of the sequences, and their number."""
     found = {}
     with torch.no_grad():
-        batches = (pack(sequences, 0, 1000, group=2) if together else
-                   ({**next(pack([s], 1, 1)), "number": i} for i, s in enumerate(sequences)))
+        batches = (pack(sequences, 1000, "cpu", model, 2) if together else
+                   ({**next(pack([s], 1, "cpu", model)), "number": i}
+                    for i, s in enumerate(sequences)))
         for batch in batches:
             hidden = hidden_states(model, batch)
             owner = batch["owner"] if together else torch.full_like(batch["owner"],
@@ -124,8 +125,9 @@ def test_a_beginning_holds_no_target():
 
 
 def test_a_row_holds_every_token_once():
-    sequences = random_pairs(12, seed=2)
-    batches = list(pack(sequences, 0, 90, group=2))
+    sequences, model = random_pairs(12, seed=2), tiny_model()
+    assert separate(model)
+    batches = list(pack(sequences, 90, "cpu", model, 2))
     assert sorted(i for b in batches for i in b["members"]) == list(range(24))
     for b in batches:
         ids, positions, owner, weights = (b[k][0].tolist() for k in (

@@ -633,7 +633,7 @@ def test_the_chain_on_64_real_problems(tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", "bird", DATA_DIR=tmp_path / "in",
                 ILR_BIRD_DATABASES=tmp_path / "dbs", GT=32, ROUNDS=1, JOBS=2, LORA_RANK=0,
                 LOAD_IN_4BIT=0, CHECKPOINTS="50", WEAK_MODEL=PAIR / "weak",
-                STRONG_MODEL=PAIR / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
+                STRONG_MODEL=PAIR / "strong", PACKING="--micro-tokens 2048",
                 DECODING="--max-new-tokens 24", WEAK_LR="3e-3", WEAK_EPOCHS=4, WEAK_BATCH=4,
                 SFT_LR="3e-3", SFT_EPOCHS=2, SFT_BATCH=4, JUDGE_EPOCHS=1, DPO_EPOCHS=1,
                 DPO_SAMPLES=2)

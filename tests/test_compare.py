@@ -10,6 +10,7 @@ from conftest import assert_same_gradients, check_resume, first_gradients, rows,
 from transformers import AutoModelForSequenceClassification
 
 import compare
+from core.attention import separate
 from core.judge import average_orders, judge_logits, make_pairs, measure, three_splits
 from core.models import open_model
 from core.packing import pack
@@ -154,8 +155,7 @@ def test_calibration(problems):
 
 def test_scores_do_not_depend_on_batches_and_packing(judge, two_files):
     base, _ = score(judge, two_files, "a.jsonl", "b.jsonl", "1.jsonl")
-    settings = [["--batch-size", 1], ["--row-tokens", 1, "--micro-tokens", 1],
-                ["--row-tokens", 300, "--micro-tokens", 700]]
+    settings = [["--batch-size", 1], ["--micro-tokens", 1], ["--micro-tokens", 700]]
     for i, more in enumerate(settings):
         other, _ = score(judge, two_files, "a.jsonl", "b.jsonl", f"{i}.out", *more)
         for x, y in zip(base, other, strict=True):
@@ -168,13 +168,15 @@ def test_scores_do_not_depend_on_batches_and_packing(judge, two_files):
     assert max(probs) - min(probs) > 0.01
 
 
+@pytest.mark.parametrize("one_row", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma", "mistral", "qwen3"])
-def test_judge_reads_the_last_token_even_where_pad_is_eos(family):
+def test_judge_reads_the_last_token_even_where_pad_is_eos(family, one_row):
     model = random_judge(family, pad_token_id=2)
+    assert not one_row or separate(model)
     reference = random_judge(family, pad_token_id=2).double()
     sequences = [[1, 5, 6, 2, 7, 2], [1, 5, 6, 2, 7], [1, 8, 2, 2], [1] + [9] * 11 + [2, 4, 2]]
     got = {}
-    for batch in pack([(ids, [0] * len(ids)) for ids in sequences], 16, 32):
+    for batch in pack([(ids, [0] * len(ids)) for ids in sequences], 32, CPU, model):
         owner, logits = judge_logits(model, batch)
         got.update(zip(owner.tolist(), logits, strict=True))
     for i, ids in enumerate(sequences):
@@ -403,7 +405,7 @@ def test_gradient_is_that_of_the_full_batch_mean(train_argv, tiny, tokenizer, tm
     argv = [*train_argv, "--batch-size", 1000, "--epochs", 1]
     large = first_gradients(monkeypatch, compare, *argv, "--out", tmp_path / "a")
     small = first_gradients(monkeypatch, compare, *argv, "--out", tmp_path / "b",
-                            "--row-tokens", 1, "--micro-tokens", 1)
+                            "--micro-tokens", 1)
     model = open_model(tiny / "model", CPU, "AutoModelForSequenceClassification", num_labels=2)
     seeded(model.score.weight, 0)
     model = model.double()

@@ -1,4 +1,5 @@
 """dpo.py: the loss and its gradient, packed pairs, the reference, metrics, continuing."""
+import itertools
 import json
 import math
 
@@ -101,7 +102,7 @@ def test_first_step_is_ln_2_and_metrics_are_trls(argv, tmp_path, lora):
                                                      abs=3e-6)
 
 
-def test_packed_pairs_have_the_logps_of_each_alone(tiny, tokenizer, pairs):
+def test_pairs_beside_each_other_have_the_logps_of_each_alone(tiny, tokenizer, pairs):
     model = open_model(tiny / "model", torch.device("cpu")).eval()
     sequences = []
     for p in pairs:
@@ -109,20 +110,18 @@ def test_packed_pairs_have_the_logps_of_each_alone(tiny, tokenizer, pairs):
         sides = [encode_completion(tokenizer, p[k]) for k in ("chosen", "rejected")]
         sequences.append([(prompt + s, [0.0] * len(prompt) + [1.0] * len(s)) for s in sides])
     expected = brute_logps(tiny / "model", tokenizer, pairs)[1]
-    for row_tokens, micro_tokens in ((2048, 4096), (130, 300), (1, 1), (0, 4096), (0, 1)):
-        if row_tokens == 0:
-            assert separate(model)
+    for one_row, micro_tokens in itertools.product((False, True), (4096, 300, 1)):
+        assert not one_row or separate(model)
         args = dpo.parser().parse_args(["--model", "x", "--data", "x", "--out", "x",
                                         "--micro-tokens", str(micro_tokens)])
-        args.row_tokens = row_tokens
         found, where, tokens = torch.zeros(20), [], 0
-        for indices, batch in pair_batches(sequences, args, "cpu"):
+        for indices, batch in pair_batches(sequences, args, "cpu", model):
             found += sequence_logps(model, batch, 20).detach()
             where += indices
             tokens += (batch["owner"] >= 0).sum().item()
         found = found.reshape(10, 2)
         saved = sum(len(encode_prompt(tokenizer, p["prompt"])) - 1 for p in pairs)
-        assert tokens == sum(len(s) for p in sequences for s, _ in p) - saved * (row_tokens == 0)
+        assert tokens == sum(len(s) for p in sequences for s, _ in p) - saved * one_row
         assert sorted(where) == list(range(10))
         # sums of up to 60 fp32 log-probabilities of about 7 each: 1e-6 an addend, fp32 spacing of
         # the sum 3e-5
@@ -137,9 +136,9 @@ def test_gradient_and_metrics_of_the_full_batch(argv, tiny, tokenizer, pairs, tm
             *(["--reference", tiny / "other"] if other_reference else [])]
     large = first_gradients(monkeypatch, dpo, *argv, "--out", tmp_path / "large")
     small = first_gradients(monkeypatch, dpo, *argv, "--out", tmp_path / "small",
-                            "--micro-tokens", 1, "--row-tokens", 1)
+                            "--micro-tokens", 1)
     middle = first_gradients(monkeypatch, dpo, *argv, "--out", tmp_path / "middle",
-                             "--micro-tokens", 400, "--row-tokens", 150)
+                             "--micro-tokens", 400)
     model, policy = brute_logps(tiny / "model", tokenizer, pairs)
     folder = tiny / ("other" if other_reference else "model")
     reference = brute_logps(folder, tokenizer, pairs)[1].detach()

@@ -18,7 +18,7 @@ from core.roofline import Made, Model
 
 H100, CPU = CARDS["H100"], torch.device("cpu")
 MISTRAL, GEMMA = "mistralai/Mistral-7B-v0.1", "google/gemma-2b"
-PACKING = ["--row-tokens", "2048", "--micro-tokens", "4096", "--gradient-checkpointing"]
+PACKING = ["--micro-tokens", "4096", "--gradient-checkpointing"]
 
 
 @pytest.fixture()
@@ -81,7 +81,10 @@ def test_memory_is_what_the_training_would_print(plan, base, flags, monkeypatch,
     kind = "RMSprop8bit" if "rmsprop8bit" in flags else "AdamW8bit"
     optimizer = type(kind, (), {"param_groups": [{"params": built.trained}]})()
     monkeypatch.setattr(memory, "device_bytes", lambda device: 1e12)
-    memory.check_memory(built.model, [optimizer], args, CPU, 126 / 197)
+    prompt, answer, longest = work.lengths
+    sequences = [([5] * (n + answer), [0.0] * n + [1.0] * answer)
+                 for n in (*[prompt] * 999, longest)]
+    memory.check_memory(built.model, [optimizer], args, CPU, sequences)
     said = re.search(r"= ([\d.]+) of", capsys.readouterr().out)
     assert float(said[1]) == pytest.approx(cost.memory / 1e9, rel=0.005)       # three digits
     assert cost.words.endswith("600 records x 2")

@@ -367,7 +367,7 @@ def test_the_chain_on_64_real_problems(tmp_path):
     done = call(tmp_path / "run", tmp_path / "bases", "gsm8k", DATA_DIR=DATA, TRAIN=64, GT=32,
                 TEST=8, ROUNDS=1, METHODS="ilr", LORA_RANK=0, WEAK_MODEL=PAIR / "weak",
                 STRONG_MODEL=PAIR / "strong", WEAK_LR="3e-3", WEAK_EPOCHS=60,
-                PACKING="--row-tokens 512 --micro-tokens 2048",
+                PACKING="--micro-tokens 2048",
                 WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=8, SFT_BATCH=8, JUDGE_LR="1e-3",
                 JUDGE_EPOCHS=1)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -406,7 +406,7 @@ def test_the_chain_on_64_real_problems(server, tmp_path):
     write_jsonl(tmp_path / "in/test.jsonl", general[32:36] + safety[32:36])
     done = call(tmp_path / "run", tmp_path / "bases", "saferpaca", DATA_DIR=tmp_path / "in",
                 ROUNDS=1, JOBS=2, LORA_RANK=0, CHECKPOINTS="50", WEAK_MODEL=PAIR / "weak",
-                STRONG_MODEL=PAIR / "strong", PACKING="--row-tokens 512 --micro-tokens 2048",
+                STRONG_MODEL=PAIR / "strong", PACKING="--micro-tokens 2048",
                 DECODING="--max-new-tokens 120", EMBEDDER=PAIR / "strong", WEAK_LR="3e-3",
                 WEAK_EPOCHS=10, WEAK_BATCH=8, SFT_LR="3e-3", SFT_EPOCHS=10, SFT_BATCH=8,
                 JUDGE_LR="1e-3", JUDGE_EPOCHS=1, DPO_LR="1e-5", DPO_EPOCHS=1,

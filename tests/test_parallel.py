@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 STAGES = {"sft": sft, "dpo": dpo, "compare": compare, "generate": generate}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-TRAIN = ["--micro-tokens", 200, "--row-tokens", 100, "--state-every", 0]
+TRAIN = ["--micro-tokens", 200, "--state-every", 0]
 
 
 def do(jobs):
@@ -83,7 +83,7 @@ def trainings(top, data, out):
         ("few", "sft", [*untied, *short, "--batch-size", 2, "--epochs", 1,
                         "--gradient-checkpointing"]),
         ("exact", "sft", ["--model", data / "small", *short, "--epochs", 1, "--batch-size", 2,
-                          "--micro-tokens", 1, "--row-tokens", 1, "--lora-rank", 4]),
+                          "--micro-tokens", 1, "--lora-rank", 4]),
         ("lora", "sft", [*untied, *short, "--batch-size", 6, "--lora-rank", 4]),
         ("half", "sft", [*tied, *short, "--batch-size", 6, "--dtype", "bfloat16"]),
         ("muon", "sft", [*untied, *short, "--batch-size", 6, "--optimizer", "muon"]),
@@ -402,14 +402,14 @@ def test_memory_of_one_process_of_eight(monkeypatch, capsys):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.compute_dtype = torch.bfloat16
-    args = argparse.Namespace(micro_tokens=4096, row_tokens=2048, gradient_checkpointing=True,
-                              lora_rank=0)
+    args = argparse.Namespace(micro_tokens=4096, gradient_checkpointing=True, lora_rank=0)
+    sequences = [([5] * 200, [0.0] * 100 + [1.0] * 100)]
     for key, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "8"), ("RANK", "0"),
                        ("LOCAL_WORLD_SIZE", "8")):
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(memory, "device_bytes", lambda device: 80e9)
     memory.check_memory(model, [torch.optim.AdamW(model.parameters())], args,
-                         torch.device("cuda"), 0.5)
+                         torch.device("cuda"), sequences)
     said = capsys.readouterr().out
     parts = re.findall(r"(weights|gradients|optimizer|gathered) ([\d.e-]+)", said)
     found = {name: float(value) for name, value in parts}
@@ -422,7 +422,7 @@ def test_memory_of_one_process_of_eight(monkeypatch, capsys):
     with pytest.raises(InputError,
                        match="--lora-rank 64 would make it fit|more processes would make it fit"):
         memory.check_memory(model, [torch.optim.AdamW(model.parameters())], args,
-                             torch.device("cuda"), 0.5)
+                             torch.device("cuda"), sequences)
 
 
 def test_the_paper_estimates_in_the_docs():

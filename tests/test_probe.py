@@ -1,6 +1,7 @@
 """Any model, or an honest no: what the probe finds of many families, and what follows from it."""
 import copy
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ import generate
 import sft
 from core import judge, packing
 from core.adapters import add_lora
+from core.attention import causal, is_separate, join, separate
 from core.models import open_model, to_4bit
 from core.packing import completion_logps, pack
 from core.probe import probe, without_dropout
@@ -38,22 +40,22 @@ GPT = dict(ENDS, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_ra
 EXPERTS = dict(LLAMA, num_local_experts=4, num_experts=4, num_experts_per_tok=2,
                moe_intermediate_size=24)
 STATES = dict(ENDS, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
-# family: (its config, the rows that it is trained in: 0 for attention by sequences, 200 for packed
-# ones, 1 for rows of one record); dropout as the family has it by default
+# family: (its config, whether its attention is computed by sequences; else a record is a row);
+# dropout as the family has it by default
 CONFIGS = {
-    "llama": (LLAMA, 0), "mistral": (LLAMA, 0), "phi": (LLAMA, 0),
-    "gemma2": (dict(LLAMA, head_dim=8, final_logit_softcapping=2.0), 200),
-    "granite": (dict(LLAMA, logits_scaling=4.0), 0),
-    "cohere": (dict(LLAMA, logit_scale=0.25), 0),
-    "gpt2": (GPT, 0), "gptj": (dict(GPT, rotary_dim=4), 200), "gpt_neox": (LLAMA, 0),
-    "mixtral": (EXPERTS, 0), "qwen3_moe": (EXPERTS, 0),
-    "opt": (dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3), 0),
-    "bloom": (dict(ENDS, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3), 1),
-    "falcon": (LLAMA, 1), "biogpt": (LLAMA, 0),
+    "llama": (LLAMA, True), "mistral": (LLAMA, True), "phi": (LLAMA, True),
+    "gemma2": (dict(LLAMA, head_dim=8, final_logit_softcapping=2.0), False),
+    "granite": (dict(LLAMA, logits_scaling=4.0), True),
+    "cohere": (dict(LLAMA, logit_scale=0.25), True),
+    "gpt2": (GPT, True), "gptj": (dict(GPT, rotary_dim=4), False), "gpt_neox": (LLAMA, True),
+    "mixtral": (EXPERTS, True), "qwen3_moe": (EXPERTS, True),
+    "opt": (dict(LLAMA, ffn_dim=48, word_embed_proj_dim=32, init_std=0.3), True),
+    "bloom": (dict(ENDS, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3), False),
+    "falcon": (LLAMA, False), "biogpt": (LLAMA, True),
     "mpt": (dict(ENDS, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, initializer_range=0.3),
-            1),
-    "mamba": (STATES, 1),
-    "mamba2": (dict(STATES, num_heads=8, head_dim=8, n_groups=1, chunk_size=16), 1)}
+            False),
+    "mamba": (STATES, False),
+    "mamba2": (dict(STATES, num_heads=8, head_dim=8, n_groups=1, chunk_size=16), False)}
 
 
 def tiny_family(family, seed=0, auto=AutoModelForCausalLM, **more):
@@ -69,14 +71,13 @@ def random_sequences(lengths=(60, 50, 33, 20, 70, 41, 12, 25), seed=0):
              [0.0] * (n // 3) + [1.0] * (n - n // 3)) for n in lengths]
 
 
-def flags(row_tokens=200):
-    return SimpleNamespace(row_tokens=row_tokens, micro_tokens=400)
+FLAGS = SimpleNamespace(micro_tokens=200)
 
 
-def loss_of(model, sequences, args):
+def loss_of(model, sequences):
     """The mean over completion tokens, as sft.py computes it."""
     total = 0.0
-    for batch in pack(sequences, args.row_tokens, args.micro_tokens):
+    for batch in pack(sequences, 200, CPU, model):
         logps, weights, _ = completion_logps(model, batch)
         total -= (logps * weights).sum().item()
     return total / sum(sum(w[1:]) for _, w in sequences)
@@ -98,49 +99,54 @@ LOSS_TOLERANCE = 1e-5
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_every_family_trains_on_its_own_loss(family, capsys):
-    model, sequences, args = tiny_family(family), random_sequences(), flags()
+    model, sequences = tiny_family(family), random_sequences()
     expected = own_loss(copy.deepcopy(model).eval(), sequences)
-    probe(model.train(), sequences, args, CPU)
-    assert model.training
-    assert args.row_tokens == CONFIGS[family][1]
-    note, packed = capsys.readouterr().out, args.row_tokens != 1
-    assert note == "" if packed else "note: " in note and "rows of one record" in note
+    probe(model.train(), sequences, FLAGS, CPU)
+    assert model.training and is_separate(model) == CONFIGS[family][1]
+    note = capsys.readouterr().out
+    assert note == "" if is_separate(model) else re.fullmatch("note: .* a record a row .*\n", note)
     with torch.no_grad():
-        assert loss_of(model, sequences, args) == pytest.approx(expected, abs=LOSS_TOLERANCE)
-        if not packed:      # what it falls back from
-            assert abs(loss_of(model, sequences, flags()) - expected) > 100 * LOSS_TOLERANCE
+        assert loss_of(model, sequences) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+        join(model)         # every family can be trained on a record a row
+        assert loss_of(model, sequences) == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
 # bf16: the loss of a random model has an error of about 0.3%
 @pytest.mark.parametrize("family", ["llama", "granite", "mixtral", "opt", "mamba"])
 def test_the_probe_in_16_bits(family):
-    model, sequences, args = tiny_family(family).to(torch.bfloat16), random_sequences(), flags()
+    model, sequences = tiny_family(family).to(torch.bfloat16), random_sequences()
     expected = own_loss(copy.deepcopy(model).eval(), sequences)
-    probe(model, sequences, args, CPU)
-    assert args.row_tokens == CONFIGS[family][1]
+    probe(model, sequences, FLAGS, CPU)
+    assert is_separate(model) == CONFIGS[family][1]
     with torch.no_grad():
-        assert loss_of(model, sequences, args) == pytest.approx(expected, rel=0.003)
+        assert loss_of(model, sequences) == pytest.approx(expected, rel=0.003)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gptj", "bloom"])
 @pytest.mark.parametrize("how", ["lora", "4 bits", "checkpointing"])
 def test_the_probe_with_what_training_adds(family, how):
-    model, args = tiny_family(family, initializer_range=0.1, init_std=0.1), flags()
+    model = tiny_family(family, initializer_range=0.1, init_std=0.1)
     if how == "4 bits":
         to_4bit(model, CPU, torch.float32)
     if how in ("lora", "4 bits"):
         add_lora(model, 2)
     if how == "checkpointing":
         model.gradient_checkpointing_enable()
-    probe(model.train(), random_sequences(), args, CPU)
-    assert args.row_tokens == CONFIGS[family][1]
+    probe(model.train(), random_sequences(), FLAGS, CPU)
+    assert is_separate(model) == CONFIGS[family][1]
 
 
-def test_a_leak_too_small_for_the_loss_is_found():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_leak_too_small_for_the_loss_is_found(dtype, monkeypatch, capsys):
+    def leak(module, query, key, value, attention_mask, units=None, scaling=None, **more):
+        return causal(query, key, value, scaling, None), None       # as if a row were one sequence
+    monkeypatch.setattr("core.attention.attend", leak)
     # weights near 0, as a new model has them: records change each other by 1e-4 nats and less
-    model, args = tiny_family("bloom", initializer_range=0.01).to(torch.bfloat16), flags()
-    probe(model, random_sequences(), args, CPU)
-    assert args.row_tokens == 1
+    model = tiny_family("llama", initializer_range=0.01).to(dtype)
+    probe(model, random_sequences(), FLAGS, CPU)
+    assert not is_separate(model)
+    assert re.fullmatch("note: .*: records in one row see each other, which changes them by .* "
+                        "nats a token: a record a row instead\n", capsys.readouterr().out)
 
 
 def test_values_that_are_not_the_models_own_are_refused(monkeypatch):
@@ -150,24 +156,24 @@ def test_values_that_are_not_the_models_own_are_refused(monkeypatch):
         return model.lm_head(packing.hidden_states(model, batch)[rows, columns])
     with monkeypatch.context() as m, pytest.raises(InputError, match="something else: .* nats"):
         m.setattr(packing, "logits_at", without_scale)
-        probe(model, sequences, flags(), CPU)
-    probe(model, sequences, flags(), CPU)
+        probe(model, sequences, FLAGS, CPU)
+    probe(model, sequences, FLAGS, CPU)
 
 
 def test_positions_that_run_on_are_found(monkeypatch):
     # sequences stay apart, but the model ignores that their positions begin anew
-    model, args = tiny_family("gpt2"), flags()
+    model = tiny_family("gpt2")
     table = model.transformer.wpe
     monkeypatch.setattr(table, "forward", lambda positions: torch.nn.functional.embedding(
         torch.arange(positions.shape[1])[None] % 128, table.weight))
-    probe(model, random_sequences(), args, CPU)
-    assert args.row_tokens == 1
+    probe(model, random_sequences(), FLAGS, CPU)
+    assert not is_separate(model)
 
 
 def test_a_model_that_sees_what_follows_is_refused():
     config = AutoConfig.for_model("bert", **LLAMA)
     with pytest.raises(InputError, match="in padded rows of one record it computes something else"):
-        probe(AutoModelForCausalLM.from_config(config), random_sequences(), flags(), CPU)
+        probe(AutoModelForCausalLM.from_config(config), random_sequences(), FLAGS, CPU)
 
 
 # ---------------------------------------------------------------- dropout
@@ -188,7 +194,7 @@ def test_no_dropout_is_left(family):
 def test_other_randomness_in_training_is_refused():
     model = tiny_family("mixtral", router_jitter_noise=0.05)
     with pytest.raises(InputError, match="in training mode, without dropout, it computes .* else"):
-        probe(model, random_sequences(), flags(), CPU)
+        probe(model, random_sequences(), FLAGS, CPU)
 
 
 # ---------------------------------------------------------------- the stages
@@ -207,39 +213,39 @@ def test_first_dpo_loss_is_ln_2_with_dropout(family, tokenizer, problems, tmp_pa
         {"gpt2": "resid_pdrop", "opt": "dropout", "bloom": "hidden_dropout"}[family]] == 0.1
     write_jsonl(tmp_path / "p.jsonl", preferences(problems[:8], "no"))
     run(dpo, "--model", folder, "--data", tmp_path / "p.jsonl", "--batch-size", 4, "--epochs", 1,
-        "--row-tokens", 400, "--out", tmp_path / "dpo")
+        "--out", tmp_path / "dpo")
     # the log has 6 digits
     assert rows(tmp_path / "dpo/metrics.jsonl")[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert ("note: " in capsys.readouterr().out) == (family == "bloom")
 
 
 def test_padding_stays_within_the_models_positions(tokenizer, problems, tmp_path):
-    # rows of 300 tokens, records of at most 80: padding would count on to 300
+    # rows of 600 tokens, records of at most 80: padding would count on
     folder = family_folder(tmp_path / "model", tokenizer, "gpt2", n_positions=80)
     records = [p for p in problems if len(tokenizer(p["prompt"] + p["completion"]).input_ids) < 75]
     assert len(records) > 5
     write_jsonl(tmp_path / "d.jsonl", records)
-    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1, "--row-tokens", 300,
-        "--micro-tokens", 600, "--max-length", 80, "--out", tmp_path / "m")
+    run(sft, "--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1, "--micro-tokens",
+        600, "--max-length", 80, "--out", tmp_path / "m")
     sequences = random_sequences((70, 60, 50, 80))
     model = tiny_family("gpt2", n_positions=80).eval()
     without_dropout(model)
-    args = SimpleNamespace(row_tokens=200, micro_tokens=400)
-    widths = [(batch["input_ids"].shape, int(batch["position_ids"].max()))
-              for batch in pack(sequences, 200, 400)]
-    assert widths == [((2, 200), 79)]
-    with torch.no_grad():
-        assert loss_of(model, sequences, args) == pytest.approx(own_loss(model, sequences),
-                                                                abs=LOSS_TOLERANCE)
+    expected = own_loss(model, sequences)
+    for way, shape in ((join, (4, 80)), (separate, (1, 288))):
+        way(model)
+        (batch,) = pack(sequences, 400, CPU, model)
+        assert batch["input_ids"].shape == shape and batch["position_ids"].max() == 79
+        with torch.no_grad():
+            assert loss_of(model, sequences) == pytest.approx(expected, abs=LOSS_TOLERANCE)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "mpt"])
 def test_a_record_longer_than_the_models_positions(family):
     name = {"mpt": "max_seq_len", "opt": "max_position_embeddings"}.get(family, "n_positions")
     model = tiny_family(family, **{name: 64})
-    probe(model, random_sequences((64, 60, 10)), flags(row_tokens=64), CPU)
+    probe(model, random_sequences((64, 60, 10)), FLAGS, CPU)
     with pytest.raises(InputError, match="cannot read a row of 66 tokens") as e:
-        probe(model, random_sequences((66, 60, 10)), flags(row_tokens=64), CPU)
+        probe(model, random_sequences((66, 60, 10)), FLAGS, CPU)
     assert "\n" not in str(e.value)
 
 
@@ -250,13 +256,13 @@ def test_two_processes_decide_the_same(tokenizer, problems, tmp_path):
     for family in ("bloom", "gpt2"):
         folder = family_folder(tmp_path / family, tokenizer, family, n_positions=300)
         jobs.append(("sft", ["--model", folder, "--data", tmp_path / "d.jsonl", "--epochs", 1,
-                             "--batch-size", 10, "--row-tokens", 300, "--out"], None))
+                             "--batch-size", 10, "--out"], None))
     found = {}
     for count in (1, 2):
         here = [(stage, [*argv, tmp_path / f"{argv[1].name}_{count}"], cut)
                 for stage, argv, cut in jobs]
         ends, said = do_with(count, here, tmp_path)
-        assert ends == ["done", "done"] and said.count("note: ") == said.count("bloom: packed") == 1
+        assert ends == ["done", "done"] and said.count("note: ") == said.count("bloom: its") == 1
         found[count] = [[row["loss"] for row in rows(argv[-1] / "metrics.jsonl")]
                         for _, argv, _ in here]
     for one, two in zip(*found.values(), strict=True):
@@ -357,7 +363,7 @@ def test_a_judge_scores_the_same_in_plain_transformers(kind, problems, tmp_path,
     assert tokenizer.pad_token_id != tokenizer.eos_token_id
     inputs = judge_inputs(open_tokenizer(top / "judge"), problems)
     model = open_model(top / "judge", CPU, "AutoModelForSequenceClassification").eval()
-    expected = judge.probabilities(model, inputs, flags(400), CPU)
+    expected = judge.probabilities(model, inputs, FLAGS, CPU)
     assert max(expected) - min(expected) > 0.01
     model = AutoModelForSequenceClassification.from_pretrained(top / "judge").eval()
     assert model.config.pad_token_id == tokenizer.pad_token_id
@@ -369,18 +375,19 @@ def test_a_judge_scores_the_same_in_plain_transformers(kind, problems, tmp_path,
         assert got.tolist() == pytest.approx(expected, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", ["bloom", "falcon"])
-def test_a_judge_falls_back_to_rows_of_one(family, capsys):
+@pytest.mark.parametrize("family", ["bloom", "falcon", "llama", "opt"])
+def test_a_judge_of_every_kind_reads_a_question_as_if_alone(family, capsys):
     model = tiny_family(family, auto=AutoModelForSequenceClassification, num_labels=2).eval()
     torch.nn.init.zeros_(model.score.weight)        # as a new judge has it
-    sequences, args = [ids for ids, _ in random_sequences()], flags()
-    judge.probe_judge(model, sequences, args, CPU)
-    assert args.row_tokens == 1 and "note: " in capsys.readouterr().out
+    sequences = [ids for ids, _ in random_sequences()]
+    judge.probe_judge(model, sequences, FLAGS, CPU)
+    assert is_separate(model) == CONFIGS[family][1] == ("note: " not in capsys.readouterr().out)
     torch.nn.init.normal_(model.score.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
+        found = judge.probabilities(model, sequences, FLAGS, CPU)
+        join(model)
         expected = [model(torch.tensor([ids])).logits.softmax(-1)[0, 1].item() for ids in sequences]
-    assert judge.probabilities(model, sequences, args, CPU) == pytest.approx(expected, abs=1e-6)
-    assert judge.probabilities(model, sequences, flags(), CPU) != pytest.approx(expected, abs=1e-3)
+    assert found == pytest.approx(expected, abs=1e-6) and max(found) - min(found) > 1e-3
 
 
 def test_a_model_without_a_score_is_no_judge(tokenizer):
@@ -409,14 +416,14 @@ def test_what_depends_on_the_length_of_a_record_is_seen(family, more, refused):
     generator = torch.Generator().manual_seed(1)
     sequences = [(torch.randint(3, 60, (n,), generator=generator).tolist(),
                   [0.0] * 20 + [1.0] * (n - 20)) for n in (40, 200, 150, 90)]
-    args = SimpleNamespace(row_tokens=2048, micro_tokens=4096)
+    args = SimpleNamespace(micro_tokens=4096)
     if refused:
         with pytest.raises(InputError, match="change each other"):
             probe(model, sequences, args, torch.device("cpu"))
         return
     probe(model, sequences, args, torch.device("cpu"))
     with torch.no_grad():
-        for batch in pack(sequences, args.row_tokens, 4096):
+        for batch in pack(sequences, 4096, CPU, model):
             logps, _, owner = completion_logps(model, batch)
             for i in set(owner.tolist()):
                 ids = torch.tensor([sequences[i][0]])

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import generate
 import sft
+from core.attention import separate
 from core.cli import run_stage
 from core.decoding import decode
 from core.models import open_model
@@ -18,6 +19,7 @@ from core.packing import completion_logps, hidden_states, pack
 from core.records import InputError, half_of, write_jsonl
 from core.training import Training, checkpoint_steps
 
+CPU = torch.device("cpu")
 FAMILIES = ["llama", "mistral", "gemma", "gemma2", "qwen3"]
 # fp32 logits of size 10 carry an error of about 1e-6 a layer; leaking sequences differ by 0.1 and
 # more (FACTS.md)
@@ -44,16 +46,19 @@ def brute_logps(model, ids, weights):
             if weights[t]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packing_changes_nothing(family):
+@pytest.mark.parametrize("family, one_row", [
+    *((family, False) for family in FAMILIES),
+    *((family, True) for family in FAMILIES if family != "gemma2")])
+def test_packing_changes_nothing(family, one_row):
     more = {"attn_implementation": "eager"} if family == "gemma2" else {}
-    # windows shorter than a sequence, where the family has them: the packed mask must keep them
+    # windows shorter than a sequence, where the family has them
     more |= {"sliding_window": 4} if family in ("mistral", "gemma2") else {}
     model, sequences = tiny_model(family, **more), random_sequences(9, 24)
     model.train()       # no dropout here; training mode is where a cache leaked
-    found = {}
-    for batch in pack(sequences, 30, 60):
-        assert batch["input_ids"].shape[1] <= 30 and batch["input_ids"].numel() <= 60
+    plain, found = copy.deepcopy(model), {}
+    assert not one_row or separate(model)
+    for batch in pack(sequences, 60, CPU, model):
+        assert len(batch["input_ids"]) == 1 if one_row else batch["input_ids"].numel() <= 60
         logits = model.get_output_embeddings()(hidden_states(model, batch))
         logps, weights, owner = completion_logps(model, batch)
         for i in set(batch["owner"].flatten().tolist()) - {-1}:
@@ -61,11 +66,11 @@ def test_packing_changes_nothing(family):
     assert sorted(found) == list(range(9))
     for i, (ids, weights) in enumerate(sequences):
         logits, logps, w = found[i]
-        alone = model(input_ids=torch.tensor([ids])).logits[0]
+        alone = plain(input_ids=torch.tensor([ids])).logits[0]
         if family == "gemma2":
             logits = torch.tanh(logits / 2.0) * 2.0
         assert (logits - alone).abs().max() < LOGIT_TOLERANCE
-        expected = brute_logps(model, ids, weights)
+        expected = brute_logps(plain, ids, weights)
         assert w.tolist() == [x for _, x in expected]
         # the reference is float64: the tolerance is that of the fp32 logits, in log-probabilities
         # of the same size
@@ -74,7 +79,7 @@ def test_packing_changes_nothing(family):
 
 def test_pack_holds_every_token_once():
     sequences = random_sequences(40, 24, seed=1) + [(list(range(3, 23)), [1.0] * 20)]
-    batches = list(pack(sequences, 16, 40))
+    batches = list(pack(sequences, 40, CPU, tiny_model()))
     assert len(batches) > 3
     got = {}
     for b in batches:
@@ -99,9 +104,9 @@ def test_gradient_is_that_of_the_full_batch_mean(tiny, tokenizer, problems, tmp_
             "--epochs", 1, "--prompt-weight", prompt_weight]
     large = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "large")
     small = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "small",
-                            "--micro-tokens", 1, "--row-tokens", 1)
+                            "--micro-tokens", 1)
     middle = first_gradients(monkeypatch, sft, *argv, "--out", tmp_path / "middle",
-                             "--micro-tokens", 300, "--row-tokens", 200)
+                             "--micro-tokens", 300)
 
     model = open_model(tiny / "model", torch.device("cpu")).double()
     total, weight = 0.0, 0.0
@@ -211,8 +216,8 @@ def test_optimizers_lower_the_loss(tiny, problems, tmp_path, optimizer, lr):
     assert all((before[k] != after[k]).any() for k in before)       # every weight is free
 
 
-@pytest.mark.parametrize("row_tokens, masked", [(1, False), (30, True)])
-def test_rows_of_one_sequence_need_no_mask(row_tokens, masked, monkeypatch):
+@pytest.mark.parametrize("one_row", [False, True])
+def test_no_attention_needs_a_mask(one_row, monkeypatch):
     model, sequences, masks = tiny_model(), random_sequences(9, 24), []
     original = torch.nn.functional.scaled_dot_product_attention
 
@@ -220,15 +225,17 @@ def test_rows_of_one_sequence_need_no_mask(row_tokens, masked, monkeypatch):
         masks.append((attn_mask is not None, is_causal))
         return original(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    batches = list(pack(sequences, row_tokens, 60))
+    exact = copy.deepcopy(model)
+    assert not one_row or separate(model)
+    batches = list(pack(sequences, 60, CPU, model))
     assert any((batch["owner"] == -1).any() for batch in batches)       # some rows are padded
     found = {}
     for batch in batches:
         logps, weights, owner = completion_logps(model, batch)
         found.update({i: logps[owner == i] for i in owner.tolist()})
-    assert set(masks) == {(masked, not masked)}
+    assert set(masks) == {(False, True)}
     for i, (ids, weights) in enumerate(sequences):
-        expected = torch.stack([x for x, _ in brute_logps(model, ids, weights)])
+        expected = torch.stack([x for x, _ in brute_logps(exact, ids, weights)])
         # fp32 against float64, as above
         assert (found[i] - expected).abs().max() < LOGIT_TOLERANCE
 
@@ -325,7 +332,7 @@ def test_divergence_is_an_error(tiny, problems, tmp_path, capsys):
 def test_gradient_checkpointing_changes_nothing(tiny, problems, tmp_path):
     write_jsonl(tmp_path / "d.jsonl", problems[:6])
     argv = ["--model", tiny / "model", "--data", tmp_path / "d.jsonl", "--batch-size", 3,
-            "--lr", 1e-3, "--row-tokens", 200]
+            "--lr", 1e-3]
     run(sft, *argv, "--out", tmp_path / "a")
     run(sft, *argv, "--out", tmp_path / "b", "--gradient-checkpointing")
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
