@@ -90,10 +90,10 @@ def as_text(reference, where):
 def one_form(record, first):
     """Refuse a record that has no id, or no conversation, while the first of its file has one; or
     the other way round."""
-    for what, form in (("an id", lambda r: "id" in r),
+    for what, form in (("id", lambda r: "id" in r),
                        ("messages", lambda r: isinstance(r.get("prompt"), list))):
         if form(record) != form(first):
-            has = "has" if form(record) else "has not"
+            has = "has" if form(record) else "has no"
             raise InputError(f"{record.place}: {has} {what}, unlike {first.place}: give all "
                              "records one form")
 

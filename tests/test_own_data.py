@@ -214,10 +214,10 @@ def test_what_cannot_be_taken_is_refused_with_its_line(name, record, message, ch
 
 def test_records_of_two_forms_are_refused(tmp_path):
     text, turns = {"prompt": "q", "completion": "a"}, {"prompt": [SKY], "completion": [BLUE]}
-    for records, message in ((({"id": 1, **text}, text), "d.jsonl:2: has not an id, unlike .*:1"),
-                             ((text, {"id": 9, **text}), "d.jsonl:2: has an id, unlike .*:1: give"),
+    for records, message in ((({"id": 1, **text}, text), "d.jsonl:2: has no id, unlike .*:1"),
+                             ((text, {"id": 9, **text}), "d.jsonl:2: has id, unlike .*:1: give"),
                              ((text, turns), "d.jsonl:2: has messages, unlike .*d.jsonl:1: give"),
-                             ((turns, text), "d.jsonl:2: has not messages, unlike")):
+                             ((turns, text), "d.jsonl:2: has no messages, unlike")):
         with pytest.raises(InputError, match=message):
             read_jsonl(written(tmp_path / "d.jsonl", *records), DEMO)
 
