@@ -40,14 +40,14 @@ KINDS = {
     "DPO_SAMPLES": (r"[2468]|[1-9][0-9]*[02468]", "an even number above 0"),
     "CHECKPOINTS": (r"[1-9]?[0-9](\s+[1-9]?[0-9])*", "percents below 100, ascending"),
     "JUDGE": (rf"trained|oracle|human|{URL}",
-              "trained, oracle, human or a URL without a user or a key in it"),
+              "trained, oracle, human or a URL, http://..., without a user or a key in it"),
     "FLIP_KIND": (r"symmetric|systematic", "symmetric or systematic"),
     "BETA": (rf"({POSITIVE}([eE]-?[0-9]+)?)?", "a number above 0, or nothing"),
     "DTYPE": (r"(float32|bfloat16)?", "float32, bfloat16 or nothing"),
     "SECONDS_PER_PAIR": (POSITIVE, "seconds"),
     "JOBS": (r"[1-9]", "a digit from 1 to 9"),
     "LABEL_NOISE": (rf"({SHARE[0]})?", "a share between 0 and 1, or nothing"),
-    "ILR_JUDGE_URL": (f"({URL})?", "a URL without a user or a key in it"),
+    "ILR_JUDGE_URL": (f"({URL})?", "a URL, http://..., without a user or a key in it"),
     "ILR_DATE": (r"([0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01]))?",
                  "a day such as 2026-01-31, or nothing"),
     **dict.fromkeys("ROUNDS RETRAINS THREADS NPROC TRAIN TEST WEAK_EPOCHS WEAK_BATCH SFT_EPOCHS "
@@ -204,7 +204,12 @@ def show(preset):
 # ---------------------------------------------------------------- config.json
 def settle_date():
     """Chat templates may write the day: give them one for all starts of a run, its first one's."""
-    if os.environ.get("CHAT_TEMPLATE") == "1" and not os.environ.get("ILR_DATE"):
+    given = os.environ.get("ILR_DATE")
+    try:
+        datetime.date.fromisoformat(given or "2026-01-31")
+    except ValueError:
+        raise InputError(f"ILR_DATE is '{given}': there is no such day") from None
+    if os.environ.get("CHAT_TEMPLATE") == "1" and not given:
         kept = read_json(Path(os.environ["OUT"]) / "config.json").get("settings", {})
         os.environ["ILR_DATE"] = kept.get("ILR_DATE") or str(datetime.date.today())
 

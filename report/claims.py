@@ -52,6 +52,8 @@ def sentence(claim):
     lost = claim["established"] and claim["mean"] < 0
     sign = -1 if lost else 1
     a, b = (claim["b"], claim["a"]) if lost else (claim["a"], claim["b"])
+    if nothing_differs(claim):
+        return f"- {a} against {b}: every problem is graded alike, which leaves no interval."
     if claim["established"]:
         what = f"**{a} beats {b} by {abs(claim['mean']):.1f} points**"
     else:
@@ -66,6 +68,12 @@ def sentence(claim):
     if len(claim["per_seed"]) > 1:
         seeds = "; by seed " + ", ".join(f"{sign * d:+.1f}" for d in claim["per_seed"])
     return f"- {what} ({intervals}{seeds})."
+
+
+def nothing_differs(found):
+    """Whether no problem is graded otherwise at one point than at the other. The bootstrap is then
+    a single 0, which says nothing of other problems."""
+    return not any(found["per_seed"]) and not any(found["bootstrap"])
 
 
 def verdict(found, better):
@@ -90,5 +98,7 @@ def findings(data):
         if found:
             low, high = widest(found)
             difference = f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+            if nothing_differs(found):
+                difference = "+0.0 (no problem is graded otherwise)"
             rows.append((finding, difference, verdict(found, better)))
     return rows

@@ -151,7 +151,8 @@ def judge(path, title, calibration, lines):
             x, y, low, high = zip(*points, strict=True)
             handles[name] = a.errorbar(x, y, [low, high], **line_style(method), capsize=3,
                                        elinewidth=1)
-        a.set(xlabel="judge's probability that B is better", xlim=(0, 1), ylim=(0, 1),
+        # a judge may be certain: its points are on the edges
+        a.set(xlabel="judge's probability that B is better", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03),
               ylabel="share of pairs whose B is better")
         a.set_title("calibration (bars: 95%)", fontsize=10)
     if lines:

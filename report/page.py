@@ -160,6 +160,10 @@ def caveats(data):
              "These are validation problems, on which settings may have been chosen.")):
         if settings.get(key) == value:
             said.append(what)
+    for seed, judge in data["judges"].items():
+        if judge.get("held_out_accuracy", 1) <= 0.5:
+            said.append(f"The judge of seed {seed} is right on {judge['held_out_accuracy']:.0%} of "
+                        "its held-out pairs, no better than a coin: it has learnt nothing.")
     if parts := dialed(settings):
         said.append(f"Supervision is dialed: {'; '.join(parts)}. How unreliable it came out is a "
                     "setting, not a finding.")
