@@ -32,10 +32,15 @@ COMMENT = r"--[^\n]*+|/\*(?>.*?(?:\*/|\Z))"
 STARTS = re.compile(rf"(?is)(?:[\s;]|{COMMENT})*+(?={WORDS})")
 # where SQL may begin after prose: a line, or what follows a colon
 LEAD = re.compile(rf"(?im)(?:^|:)[ \t*]*(?={WORDS})")
-FENCE = re.compile(r"(?im)(?:`{3,}|^[ \t]*~{3,})[ \t]*(\w*)|<(sql)>")
+STRING = r"""("(?:[^"\\]++|\\(?:["\\/bfnrt]|u[0-9A-Fa-f]{4}))*+")"""       # of JSON
+JSON = re.compile(rf'\{{\s*"sql"\s*:\s*{STRING}\s*\}}\s*')
+# a block, and its language if it has one: ```SELECT 1``` and ```text have none
+FENCE = re.compile(rf"""(?imx) (?:`{{3,}}|^[ \t]*~{{3,}}) [ \t]* (?:(?:text|txt|plaintext|query)\b)?
+                       ((?:(?!{WORDS})\w+)?) | <(sql)>""")
 TOKEN = re.compile(rf"""(?imsx)
     (?P<comment>{COMMENT})
-  | (?P<fence>`{{3,}}|^[ \t]*~{{3,}}|</s(?:ql)?>|<\|\w+\|>)
+  | (?P<fence>`{{3,}}|^[ \t]*~{{3,}}|</\w+>|\[/INST\]|<[|｜][^\s<>]{{1,40}}>
+           |<(?:eos|(?:start|end)_of_turn)>)
   | (?P<semicolon>;)
   | (?P<code>'(?:[^']++|'')*+'? | "(?:[^"]++|"")*+"? | `(?:[^`]++|``)*+`? | \[[^]]*+\]?
            | [^\s;'"`[<~/-]++ | \S)""")
@@ -81,22 +86,29 @@ def statements(text, prompt=""):
 
     A text without any of these is its own and only statement. docs/bird.md has the rules.
     """
-    text = text.rpartition("</think>")[2].lstrip("\ufeff \t\r\n")
+    text = text.rpartition("</think>")[2].lstrip("\ufeff\u200b \t\r\n")
     if text.startswith("<think>"):                           # cut off while it thinks
         return []
-    # as in BIRD's own prompts, which end with SELECT
-    opened = prompt.rstrip().upper().endswith("SELECT")
-    if opened and not STARTS.match(text) and not FENCE.match(text):
-        text = f"SELECT {text}"
-    blocks, end = {"sql": [], "": []}, 0
+    found = JSON.fullmatch(text)
+    text = json.loads(found[1], strict=False) if found else text
+    lead, _, code = text.partition("`")                      # `SELECT 1`
+    code = code.rstrip("; .\t\r\n")
+    if lead.rstrip()[-1:] in ("", ":") and STARTS.match(code) and code.endswith("`"):
+        text = code[:-1]
     fence = FENCE.search(text)
-    # "With this query you get them:" is no SQL
-    if fence and STARTS.match(text) and not text[:fence.start()].rstrip().endswith((":", ".")):
+    # prose stands before a fence: "With this query you get them:" is no SQL
+    prose = fence and (text[:fence.start()].rstrip() or ".").endswith((":", "."))
+    # as in BIRD's own prompts, which end with SELECT
+    if prompt.rstrip().upper().endswith("SELECT") and not STARTS.match(text):
+        start = fence.end() if prose else 0
+        lead = None if fence else LEAD.search(text)
+        if not STARTS.match(text, start) and not (lead and lead[0].startswith(":")):
+            text = f"{text[:start]} SELECT {text[start:].lstrip()}"
+    blocks, end = {"sql": [], "": []}, 0
+    if STARTS.match(text) and not prose:
         fence = None
     while fence:
         language, start = (fence[1] or fence[2] or "").lower(), fence.end()
-        if fence[1] and STARTS.match(text, fence.start(1)):  # ```SELECT 1```
-            language, start = "", fence.start(1)
         if language and "sql" not in language:               # another language: skip its block
             closing = FENCE.search(text, start)
             end = closing.end() if closing else len(text)

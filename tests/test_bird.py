@@ -163,7 +163,15 @@ READ_AS_SELECT_1 = [        # (completion, prompt)
     ("Select it: SELECT 2</think>SELECT 1", ""), ("SELECT 1</s>", ""), ("SELECT 1;<|im_end|>", ""),
     ("1. it's old; 2. we're done; so use COUNT(). Finally the SQL is: SELECT 1;</s>", ""),
     ("With this query you get it:\n```sql\nSELECT 1\n```", ""),
-    ("1", "-- How many?\nSELECT "), ("1;", "select"),
+    ("SELECT 1<eos>", ""), ("SELECT 1 <end_of_turn>\n", ""), ("SELECT 1 [/INST]", ""),
+    ("SELECT 1<|eot_id|>", ""), ("SELECT 1<｜end▁of▁sentence｜>", ""), ("SELECT 1</answer>", ""),
+    ("`SELECT 1`", ""), ("`SELECT 1`;\n", ""), ("`SELECT 1;`", ""), ("Here it is: `SELECT 1`.", ""),
+    ('{"sql": "SELECT 1"}', ""), ('{\n  "sql": "SELECT\\u00201;"\n}\n', ""),
+    ("```text\nSELECT 1\n```", ""), ("```query\nSELECT 1```", ""), ("\u200bSELECT 1", ""),
+    ("1", "-- How many?\nSELECT "), ("1;", "select"), ("```sql\n1;\n```\nas asked", "SELECT"),
+    ("Here it is:\n```\n1\n```", "SELECT"), ("<sql>1</sql>", "SELECT"),
+    ("```SELECT 1```", "SELECT"), ("Here it is: SELECT 1", "SELECT"),
+    ("Here it is:\n```sql\nSELECT 1\n```", "SELECT"),
     ("SELECT 1", "-- How many?\nSELECT "), ("1\n```\n", "```sql\nSELECT"),
     ("```sql\nSELECT 1\n```", "SELECT "), ("SELECT 1\n```\nas you asked", "SQL:\n```sql\n")]
 
@@ -179,7 +187,8 @@ def test_fences_final_semicolons_and_prose_around_one_statement_are_left_out(tex
     "SELECT 'it''s; so' AS \"a\"\"b;c\"", "SELECT '</sql>', '<|x|>'",
     "WITH a AS (SELECT 1),\n\nb AS (SELECT 2)\n\nSELECT * FROM a, b", "VALUES (1), (2)",
     "SELECT 1\n\nThis query returns 1.", "SELECT 1\t----- bird -----\tfinancial", "SELEC 1",
-    "EXPLAIN QUERY PLAN\nSELECT 1", "CREATE TABLE x AS\nSELECT 1", "I do not know", "12 + 5 = 17"])
+    "EXPLAIN QUERY PLAN\nSELECT 1", "SELECT a<b>c, [/d], `e:` FROM t", '{"sql": 1}',
+    "CREATE TABLE x AS\nSELECT 1", "I do not know", "12 + 5 = 17"])
 def test_other_texts_are_run_as_they_stand(text):
     assert _sql.statements(text) == [text.strip()]
     assert _sql.statements(f"It's this:\n```sql\n{text}\n```") == [text.strip()]
@@ -197,7 +206,10 @@ def test_other_texts_are_run_as_they_stand(text):
     "SELECT Name FROM Artist\n```sql\nSELECT 2\n```", "SELECT Name FROM Artist\n\nSELECT 2",
     "Query 1: SELECT Name FROM Artist\nQuery 2: SELECT 2", "CREATE TABLE x AS\nSELECT Name FROM x",
     "A: SELECT Name FROM Artist; B: SELECT 2", "EXPLAIN\nSELECT Name FROM Artist",
-    "<sql>SELECT Name FROM Artist</sql><sql>SELECT 2</sql>", "<think>SELECT Name FROM Artist"])
+    "<sql>SELECT Name FROM Artist</sql><sql>SELECT 2</sql>",
+    "`SELECT Name FROM Artist` or `SELECT 2`", "`SELECT Name FROM Artist; SELECT 2`",
+    '{"sql": "SELECT Name FROM Artist", "sql": "SELECT 2"}',
+    "SELECT Name FROM Artist<end_of_turn>\nSELECT 2", "<think>SELECT Name FROM Artist"])
 def test_several_statements_are_refused_and_the_first_one_never_counts(text):
     assert bird.grade(record(1, text)) == 0
 
@@ -226,8 +238,10 @@ def test_labels_that_hold_one_statement_train():
 def test_reading_a_long_text_takes_linear_time():
     start = time.monotonic()
     for part in ("'", '"', "`", "[", "/*", "/**/", "--", "```", "```sql\n", "~~~\n", "<sql>", ": ",
-                 "it's\n```\n", "SELECT 1;", "</think>", "/**/```\n", "x:   \n"):
-        _sql.statements(part * 10_000)
+                 "it's\n```\n", "SELECT 1;", "</think>", "/**/```\n", "x:   \n",
+                 "```text", '{"sql":"', "\\", "<|", "</a", "<eos>", ":`SELECT 1`", "[/INST"):
+        for before in ("", '{"sql": "'):
+            _sql.statements(before + part * 10_000, "SELECT")
     assert time.monotonic() - start < 60      # quadratic time would be hours
 
 
