@@ -84,8 +84,10 @@ class Endpoint:
     def __init__(self, url, model, prefix):
         check_url(url)
         if not model:
-            raise InputError(f"the model behind {url} has no name: set {prefix}_MODEL, "
-                             "or --judge-model for --judge")
+            name = f"{prefix}_MODEL"
+            if prefix == "ILR_COMPARE":
+                name = "--judge-model (JUDGE_MODEL of run_ilr.sh)"
+            raise InputError(f"the model behind {url} has no name: set {name}")
         self.url, self.model, self.prefix = url.rstrip("/"), model, prefix
         self.key = os.environ.get(f"{prefix}_KEY", "")
         if not self.key.isascii() or re.search(r"\s", self.key):
@@ -136,23 +138,26 @@ class Endpoint:
         """
         attempts = min(TRIAL_ATTEMPTS, ATTEMPTS) if trial else ATTEMPTS
         longest = min(TRIAL_SECONDS / 4, LONGEST_WAIT) if trial else LONGEST_WAIT
-        attempt, began = 0, time.monotonic()
+        attempt, began, refused = 0, time.monotonic(), set()
         while True:
             if self.error:
                 raise self.error
             last = attempt + 1 == attempts or trial and time.monotonic() - began > TRIAL_SECONDS
             # a random part, so that concurrent requests do not all come back at once
             wait = min(longest, 2 ** attempt) * random.uniform(0.5, 1)
-            sent = self.taken(body, attempt)
+            sent = self.taken(body, attempt, refused)
+            room = self.room_in(sent)
             try:
-                return read(post(self.opener, f"{self.url}/{route}", self.key, sent, TIMEOUT))
+                reply = post(self.opener, f"{self.url}/{route}", self.key, sent, TIMEOUT)
+                self.leave_out(refused)     # known to be the cause
+                return read(reply)
             except ServerError as e:
-                if refused := e.refused(sent):
-                    self.leave_out(refused)
+                if found := e.refused(sent):
+                    refused.update(found)
                     continue        # again, at once
                 error, last, wait = str(e), last or not e.passes(), max(wait, min(longest, e.wait))
                 if OUT_OF_ROOM in e.words:
-                    error += f": raise ILR_JUDGE_MAX_TOKENS (now {self.room})"
+                    error += f": {room}"
                 elif e.filtered():
                     if may_be_undecided:
                         return None
@@ -162,11 +167,12 @@ class Endpoint:
             except Undecided as e:
                 if last and may_be_undecided:
                     return None
-                error, wait = f"{e} (asked about {about[:60]!r})", 0
+                error = f"{e} (asked about {about[:60]!r})"
+                wait = wait if e.waits else 0
             except CutOff as e:
                 if may_be_undecided and not trial:      # one that loops is cut off at any limit
                     return None
-                error, wait = f"{e}: raise ILR_JUDGE_MAX_TOKENS (now {self.room})", 0
+                error, wait = f"{e}: {room}", 0
                 last = last or "temperature" in sent        # 0: it would be the same again
             except Unreadable as e:
                 error = str(e)
@@ -179,24 +185,31 @@ class Endpoint:
             self.stop.wait(wait)
             attempt += 1
 
-    def taken(self, body, attempt):
-        """The body as it is sent: with this run's limit, and without what the model refuses."""
-        sent = dict(body)
+    def taken(self, body, attempt, refused):
+        """The body as it is sent: with this run's limit, and without what the model refuses, in
+        this request or before."""
+        sent, refused = dict(body), refused | self.refused
         if "max_tokens" in body:
             sent["max_tokens"] = sent["max_completion_tokens"] = self.room
             # the newer name only for models that refuse the old one
-            if "max_tokens" not in self.refused:
+            if "max_tokens" not in refused:
                 del sent["max_completion_tokens"]
         if "seed" in body:      # another seed, or the reply would be the same again
             sent["seed"] = attempt
-        return {name: value for name, value in sent.items() if name not in self.refused}
+        return {name: value for name, value in sent.items() if name not in refused}
+
+    def room_in(self, sent):
+        """What helps against an answer that is cut off."""
+        if {"max_tokens", "max_completion_tokens"} & set(sent):
+            return f"raise ILR_JUDGE_MAX_TOKENS (now {self.room})"
+        return f"the server refuses ILR_JUDGE_MAX_TOKENS ({self.room}): lower it"
 
     def leave_out(self, refused):
         """Send these parameters in no further request of this endpoint; say so once."""
         with self.lock:
-            new = [name for name in refused if name not in self.refused]
-            self.refused.update(new)
-        if "max_tokens" in new:
+            new = sorted(refused - self.refused)
+            self.refused = self.refused | refused
+        if "max_tokens" in new and "max_completion_tokens" not in new:
             new.remove("max_tokens")
             print(f"note: {self.model} refuses max_tokens: max_completion_tokens is sent instead")
         if new:

@@ -10,6 +10,7 @@ import email.utils
 import http.client
 import ipaddress
 import json
+import math
 import re
 import socket
 import time
@@ -36,6 +37,13 @@ KINDS = ((r"rate.?limit|quota|exhausted|overload|unavailable|timeout|server|inte
           400))
 # Ends of an answer that the server has broken off (DeepSeek, vLLM, Zhipu).
 FAILED = ("error", "abort", "insufficient_system_resource", "network_error")
+# How words ask to wait. Gemini: "retryDelay": "34s"; OpenAI: Please try again in 1m30s; others:
+# wait 12 minutes and 5 seconds; "retry_after": 20
+NUMBER = r"([0-9]{1,9}(?:\.[0-9]{1,30})?)"
+TIME = NUMBER + r" ?(ms|mil|[smhd])[a-z]*[ ,]*(?:and )?"
+ASKS = re.compile(rf"(?i)(?:retry|again|wait|reset)[^0-9.,;]{{0,20}}((?:{TIME})+)|"
+                  rf"retry[ _-]?after\W+{NUMBER}")
+UNITS = {"ms": 1e-3, "mil": 1e-3, "s": 1, "m": 60, "h": 3600, "d": 86400}
 OUT_OF_ROOM = "output limit was reached"        # OpenAI, of max_tokens that leave no answer
 # A provider that does not let its model see a request (Azure, OpenRouter).
 FILTERED = re.compile(r"content.?filter|content.?management.?policy|was flagged", re.I)
@@ -169,8 +177,10 @@ def error_in(value):
     if not isinstance(value, dict):
         return None
     choice = first_choice(value)
-    if error := value.get("error") or choice.get("error"):
-        return error
+    for error in (value.get("error"), choice.get("error")):
+        # {"code": 0, "message": ""} is none
+        if any(error.values()) if isinstance(error, dict) else error:
+            return error
     failed = value.get("object") == "error" or choice.get("finish_reason") in FAILED
     return value if failed else None
 
@@ -218,13 +228,18 @@ def wait_asked(headers, words):
     """Seconds that a busy server asks to wait, in a header or in its words; 0 if it does not."""
     for name, unit in (("retry-after-ms", 1e-3), ("Retry-After", 1)):
         text = (headers.get(name) or "").strip()
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]*)?", text):
-            return float(text) * unit
+        with contextlib.suppress(ValueError):
+            return max(0.0, float(text) * unit) if math.isfinite(float(text)) else 0.0
+        if re.fullmatch(f"(?:{TIME})+", text):
+            return seconds(text)
         with contextlib.suppress(ValueError, TypeError, OverflowError):
             date = email.utils.parsedate_to_datetime(text)
             date = date.replace(tzinfo=date.tzinfo or datetime.UTC)
             return max(0.0, date.timestamp() - time.time())
-    # Gemini: "retryDelay": "34s"; OpenAI: Please try again in 590ms
-    said = re.search(r'(?:retryDelay\W+|(?:try again|retry) (?:in|after) )'
-                     r'([0-9]{1,6}(?:\.[0-9]+)?) ?(ms|s)', words)
-    return float(said[1]) * (1e-3 if said[2] == "ms" else 1) if said else 0.0
+    said = ASKS.search(words)
+    return (seconds(said[1]) if said[1] else float(said[said.lastindex])) if said else 0.0
+
+
+def seconds(text):
+    """The seconds of a duration: 590ms, 1m30s, 12 minutes."""
+    return sum(float(n) * UNITS[unit.lower()] for n, unit in re.findall(f"(?i){TIME}", text))

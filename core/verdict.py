@@ -1,7 +1,8 @@
 """The question that an endpoint judges by, and how its reply is read.
 
-A reply holds a verdict if its last line says one of the two letters and cannot mean the other.
-What is ambiguous, and what the server has cut off, is none: no verdict is better than a wrong one.
+A reply holds a verdict if its last line says one of the two letters, with nothing around it but
+what is listed below, and no line shortly before says the other one. All else is none, and so is
+what the server has cut off: no verdict is better than a wrong one.
 """
 import json
 import math
@@ -36,41 +37,36 @@ TRIAL = ("Name a color.", "Blue.", "Seven.")     # a question (prompt, a, b) tha
 THOUGHT = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|reflection|scratchpad|analysis)"
 REASONING = re.compile(rf"<{THOUGHT}>|\[THINK\]|◁think▷|<\|channel\|>", re.I)
 REASONING_END = re.compile(rf"</{THOUGHT}>|\[/THINK\]|◁/think▷|\|>final<\|message\|>", re.I)
-END = re.compile(r"(?:</?s>|<eos>|<end_of_turn>|<[|｜][^<>|｜]{1,40}[|｜]>)$")    # an end of text
-FENCE = re.compile(r"^\s*```.*$", re.M)
-FORMAT_TAG = re.compile(r"</?(?:b|i|u|p|em|strong|span|div|br|h[1-6]|li|ul|code|pre)\s*/?>")
-QUOTES = re.compile(r"[*`\"“”„«»~$#|{}<>\[\]()【】「」‘’\\]|(?<!\w)'|'(?!\w)")
+# What ends a text; how a server says that an answer is at its end; a fence around a block of code.
+END = re.compile(r"(?i)(?:</?s>|<eo[st]>|<end_of_turn>|\[EOS\]|<[|｜][^<>|｜]{1,40}[|｜]>)$")
+FINISHED = r"(?:none|(?:finish_reason_)?(?:stop(?:ped)?|eos|eot|end|completed?)(?:_\w+)?)?"
+FENCE = re.compile(r"^\s*```[ \t]*(?:\w{2,})?[ \t]*\r?$", re.M)
 
 # ---------------------------------------------------------------- shapes of a verdict
-NOUN = (r"(?:answer|response|option|candidate|choice|assistant|verdict|winner|decision|judge?ment|"
-        r"conclusion|preference|letter|result|selection)")
-GOOD = r"(?:final|overall|better|best|preferred|winning|chosen)"
-# tags around a verdict: <answer>, <final_answer>, <verdict>, ...
-TAG = rf"(?:{GOOD}_)?(?:{NOUN}|{GOOD})"
-TAGGED = re.compile(rf"<({TAG})>\s*([AB])[\s.]*</\1>", re.I)
-VERDICT_TAG = re.compile(rf"</?{TAG}>", re.I)
-# marks that count within a line too: [[A]] \boxed{B} \boxed{\text{Answer A}}
-MARK = re.compile(r"\[\[\s*([AB])\s*\]\]|"
-                  r"\\f?box(?:ed)?\s*\{\s*(?:\\\w+\s*\{)?\s*(?:[Aa]nswer\s*)?([AB])\s*\}+")
-UNLESS = re.compile(r"(?:\b(?:not|never|nor|neither|either|or|and|than|over|against|vs)|"
-                    r"n['’]t)\W*$", re.I)
-# "Worse: A" and "first: B, second: A" are verdicts for B; better none than a wrong one
-NEGATIVE = re.compile(r"n['’]t\b|\b(?:not?|never|neither|nor|both|either|tied?|equal\w*|worse|"
-                      r"worst|weaker|inferior|less|los(?:er|es?|ing)|reject\w*|avoid\w*|bad|"
-                      r"wrong|unsafe|harmful|cannot|unable|unclear|unsure|against|second|runner)\b|"
-                      r": *[AB]\b", re.I)
-SO = r"(?:(?:so|thus|therefore|hence|overall|in conclusion|in summary),? )?"
-SAYS = rf"(?:(?:the |my )?(?:{GOOD} )*{NOUN}(?: is| would be| goes to)?[\s_=>→–—-]*)"
-VERY = "(?:(?:the|a|clearly|slightly|much|far|overall) )*"
-SHAPES = [re.compile(SO + shape, re.I) for shape in (
-    # A; answer A; answer_A; the better answer is A; final verdict: answer A
-    rf"{SAYS}{{0,2}}([AB])",
-    rf"I(?:'d| would)? (?:choose|prefer|pick|select|go with|vote for) {SAYS}?([AB])",
-    # A wins; answer A is better; A is the better answer; answer A is clearly better than answer B
-    rf"(?:the )?(?:{NOUN}[\s_]?)?([AB]) (?:wins|is {VERY}(?:better|best|preferable|preferred|"
-    rf"superior|stronger|winner)(?: {NOUN}| one)?)(?: overall)?"
-    rf"(?: (?:than|over|to) (?:the )?(?:{NOUN}[\s_]?)?([AB]))?")]
-KEY = re.compile(rf"(?:{GOOD}[_ ]?)*(?:{NOUN}|{GOOD})", re.I)
+# All that may stand around a letter. What is not listed here ("Worse: A") makes it none.
+NOUN = ("answer|response|reply|completion|option|candidate|choice|assistant|model|verdict|winner|"
+        "decision|judge?ment|conclusion|preference|letter|result|selection|pick|vote")
+GOOD = "final|overall|better|best|preferred|preferable|winning|chosen|correct|superior|stronger"
+SAYS = ("so|thus|therefore|hence|in conclusion|in summary|sure|okay|here is|the|my|of|is|it is|"
+        "it's|would be|goes to|I|I'd|I would|choose|prefer|select|go with|vote for|I think|"
+        "I believe")
+BEFORE = rf"(?:(?:{NOUN}|{GOOD}|{SAYS})[\s:;,._=–—-]+)*"
+VERY = "(?:(?:the|a|my|clearly|slightly|much|far|overall) )*"
+AFTER = rf"(?: wins| is {VERY}(?:{GOOD}|winner)(?: (?:{NOUN}))?)?(?: overall)?"
+LETTER = rf"(?i:{BEFORE}(?:{NOUN})?)([AB])"
+VERDICT = re.compile(rf"{LETTER}(?i:{AFTER})(?:(?: (?:than|over|to|beats) | ?>+ ?){LETTER})?")
+LABELLED = re.compile(r": ?([AB])(?=$|,)")      # Style: A
+# Tags around a verdict, <final_answer>, and its key in JSON; keys that say nothing against it.
+KEY = rf"(?i:(?:(?:{GOOD})[_ ]?)*(?:{NOUN}|{GOOD}))"
+WORSE = "(?i:worse|loser|rejected)"
+ASIDE = r"(?i:(?:reason|explanation|analysis|rationale|justification|comparison|confidence)\w*)"
+# \boxed{\text{A}}, <b>; then the signs around letters and words
+MARKUP = re.compile(rf"</?{KEY}>|</?(?:b|i|u|p|em|strong|span|div|br|h[1-6]|li|ul|code|pre)\s*/?>|"
+                    r"\\(?:f?box(?:ed)?|text\w*|math\w*)\b")
+SIGNS = re.compile(r"\(A or B\)|[*`\"“”„«»$#|{}\[\]()【】「」‘\\]|(?<!\w)'|'(?!\w)|<(?=[AB]>)|"
+                   r"(?<=<[AB])>")
+# A sentence on the line of another one counts if it has words.
+SENTENCE = re.compile(r"\n|(?<=\w\w[.!])[ \t](?=\W{0,6}[A-Za-z] ?\w)")
 
 
 class Unreadable(ValueError):
@@ -79,6 +75,12 @@ class Unreadable(ValueError):
 
 class Undecided(Unreadable):
     """An answer without a verdict: the judge has none, or refuses to say it."""
+    waits = False       # before it is asked again
+
+
+class Empty(Undecided):
+    """An answer that is finished and says nothing; the server may not be ready."""
+    waits = True
 
 
 class CutOff(Unreadable):
@@ -93,13 +95,15 @@ def answer_of(reply):
     message = message if isinstance(message, dict) else {}
     text, reason = message.get("content"), str(choice.get("finish_reason") or "").lower()
     if isinstance(text, list):      # parts, of which some are reasoning (Mistral)
-        text = "".join(str(part.get("text") or "") for part in text
-                       if isinstance(part, dict) and part.get("type") != "thinking")
+        text = "".join(str(part.get("text") or "") for part in text if isinstance(part, dict)
+                       and part.get("type", "text") in ("text", "output_text"))
     text = text if isinstance(text, str) else ""
-    if reason in ("length", "max_tokens", "model_length", "model_context_window_exceeded"):
+    if re.search("length|(?<!rate_)limit|max_|incomplete|context", reason):
         raise CutOff(f"an answer that is cut off (finish_reason {reason})")
-    if reason in ("content_filter", "safety", "refusal", "recitation", "prohibited_content"):
+    if re.search("filter|safety|refus|recitation|prohibited|block|sensitive", reason):
         raise Undecided(f"an answer that is refused (finish_reason {reason}): {text}")
+    if not re.fullmatch(FINISHED, reason):
+        raise Unreadable(f"an answer that is not finished (finish_reason {reason})")
     if not text.strip() and message.get("refusal"):
         raise Undecided(f"an answer that is refused: {message['refusal']}")
     *thoughts, answer = REASONING_END.split(text)
@@ -111,7 +115,9 @@ def answer_of(reply):
     if REASONING.match(answer.strip()) or not answer.strip():
         thinks = text.strip() or message.get("reasoning") or message.get("reasoning_content")
         why = " but reasoning, for which ILR_JUDGE_MAX_TOKENS may be too low" if thinks else ""
-        raise Unreadable(f"a reply without an answer{why}: {dumps(reply)[:300]}")
+        # a server that says that it is done has answered; without that it has failed
+        kind = Empty if reason not in ("", "none") else Unreadable
+        raise kind(f"a reply without an answer{why}: {dumps(reply)[:300]}")
     return answer
 
 
@@ -120,13 +126,15 @@ def verdict_of(text):
     """The letter that an answer ends in, "A" or "B", in any of the usual shapes; None if it does
     not, or may mean the other one as well."""
     text = unicodedata.normalize("NFKC", without_end(text[-5000:]))      # fullwidth letters
-    if (letter := verdict_in_json(text)) is not None:
-        return letter or None
-    text = FORMAT_TAG.sub(" ", FENCE.sub("", TAGGED.sub(r" [[\2]] ", text)))
-    lines = [line for line in VERDICT_TAG.sub("\n", text).split("\n") if re.search(r"\w", line)]
-    found = [verdict_of_line(line) for line in lines[-2:]]
-    # a list of both letters, or a change of mind, is no verdict
-    return found[-1] if found and len({*found} - {None}) == 1 else None
+    text = MARKUP.sub(" ", json_as_letter(FENCE.sub("", text)))
+    text = re.sub(r":[\s*_]*\n", ": ", text)        # a label on a line of its own
+    lines = [line for line in SENTENCE.split(text) if re.search(r"[^\W_]", line)][-4:]
+    if not lines:
+        return None
+    *before, letter = [verdict_of_line(line) for line in lines]
+    # a list, or a change of mind, is no verdict
+    labelled = [said for line in lines[:-1] for said in LABELLED.findall(plain(line))]
+    return letter if {*before, *labelled, letter} <= {letter, None} else None
 
 
 def without_end(text):
@@ -136,44 +144,37 @@ def without_end(text):
     return text
 
 
-def verdict_in_json(text):
-    """The letter under the key of a verdict in the JSON object that ends a text; "" if that object
-    has none; None without an object."""
-    text = FENCE.sub("", text).strip()
+def json_as_letter(text):
+    """A text with the verdict of the JSON object that ends it in the place of that object; "" if
+    that has none; the same text without an object."""
+    begins = text.rfind("{")
     try:
-        record = json.loads(text[text.rfind("{"):], strict=False)
-    except ValueError:
-        return None
-    if not isinstance(record, dict):
-        return None
-    found = {verdict_of_line(str(v)) for k, v in record.items() if KEY.fullmatch(k)}
-    return found.pop() or "" if len(found) == 1 else ""
+        pairs = json.loads(text[begins:], strict=False, object_pairs_hook=list)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(pairs, list):
+        return text
+    said = [(key, verdict_of_line(str(value))) for key, value in pairs]
+    letters = {letter for key, letter in said if re.fullmatch(KEY, key)}
+    against = {letter for key, letter in said if re.fullmatch(WORSE, key)}
+    good = (len(letters) == 1 and not letters & against
+            and all(re.fullmatch(f"{KEY}|{WORSE}|{ASIDE}", key) for key, _ in said))
+    return text[:begins] + (letters.pop() or "?") if good else ""
+
+
+def plain(line):
+    """A line without the signs around it and its words; a letter alone or behind a label is large
+    in it."""
+    line = " ".join(SIGNS.sub(" ", line.replace("’", "'")).split())
+    line = re.sub("[=-]+>|→", ":", line).lstrip(" :_-+•–—=>✅✔👉").rstrip(" .!_")
+    line = re.sub(r"^1[. ]+", "", line)     # a list's second item may be the second best
+    return re.sub("(?:^|[:_] ?)[ab]$", lambda found: found[0].upper(), line)
 
 
 def verdict_of_line(line):
-    """The letter of a line that is a verdict, else None."""
-    marks = [(m[1] or m[2], line[:m.start()]) for m in MARK.finditer(line)]
-    if marks:
-        letters = {None if UNLESS.search(before) else letter.upper() for letter, before in marks}
-        return letters.pop() if len(letters) == 1 else None
-    line = QUOTES.sub("", re.sub(r"\\(?:text\w*|math\w+)\b|\bvs\.", " ", line)).strip()
-    if line.endswith("?"):
-        return None
-    sentences = [s for s in re.split("[.!?]+", line) if s.strip(" ,;-_")]
-    found = [verdict_of_sentence(s) for s in sentences]
-    return found[-1] if found and len({*found} - {None}) == 1 else None
-
-
-def verdict_of_sentence(sentence):
-    label, _, said = sentence.rpartition(":")
-    said = " ".join(said.strip(" \t_-+•–—=→✅✔👉").split())
-    for shape in SHAPES:
-        if (match := shape.fullmatch(said)) and not NEGATIVE.search(label):
-            letter, other = match[1], (match[2] if shape.groups > 1 else "") or ""
-            # a lower-case letter in a sentence may be the article
-            if letter.upper() != other.upper() and (letter.isupper() or said == letter):
-                return letter.upper()
-    return None
+    """The letter of a line that is a verdict and nothing else, else None."""
+    match = VERDICT.fullmatch(plain(line))
+    return match[1] if match and match[1] != match[2] else None
 
 
 # ---------------------------------------------------------------- its probability
@@ -191,8 +192,9 @@ def probability_of_b(reply):
     try:
         for t in token_of(letter, text, first_choice(reply)["logprobs"]["content"]):
             if letter_of(t["token"]):
-                found[letter_of(t["token"])] += math.exp(min(0.0, float(t["logprob"])))
-        if sum(found.values()) > 0:
+                found[letter_of(t["token"])] += math.exp(min(float(t["logprob"]), 0.0))
+        # a list without the letter that was said, or with a NaN, would reverse the verdict
+        if found[letter] > 0 and math.isfinite(sum(found.values())):
             return found["B"] / (found["A"] + found["B"])
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
         pass        # log-probabilities are optional, and not every server's have this form
@@ -205,7 +207,8 @@ def token_of(letter, text, tokens):
     def words(part):
         return re.sub(r"[\W_ĠĊ]", "", part)
     after = without_end(text).rpartition(letter)[2]
-    if verdict_in_json(text) is not None or words(re.sub(r"</\w+>", "", after)):
+    text = FENCE.sub("", text)
+    if json_as_letter(text) != text or words(re.sub(r"</\w+>", "", after)):
         return []
     said = ""       # what follows the token
     for t in reversed(tokens):

@@ -436,7 +436,7 @@ def test_interrupted_training_continues_byte_for_byte(train_argv, tmp_path, monk
     (["score", "--judge", "x", "--task", "saferpaca", "--a", "x", "--b", "y"],
      "name an --embedder"),
     (["score", "--judge", "http://localhost:1/v1", "--task", "arithmetic", "--a", "x"],
-     "has no name: set ILR_COMPARE_MODEL, or --judge-model"),
+     "has no name: set --judge-model .JUDGE_MODEL of run_ilr.sh."),
     (["score", "--judge", "http://a:b@c/v1", "--judge-model", "m", "--task", "gsm8k", "--a", "x"],
      "the endpoint's URL: expected")])
 def test_what_the_arguments_alone_tell(argv, message):

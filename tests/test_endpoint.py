@@ -345,7 +345,7 @@ def test_a_model_is_asked_again_without_what_it_refuses(server, capsys, status, 
     out = capsys.readouterr().out
     said = out.splitlines()
     assert all(line.startswith("note: m refuses ") for line in said)
-    assert len(said) == 1 + (NEWER in refused)
+    assert len(said) == 1 and ("is sent instead" in out) == (refused == ["max_tokens"])
     assert all(name in out for name in refused)
 
 
@@ -363,7 +363,7 @@ def test_a_model_that_refuses_all_parameters_is_asked_side_by_side(server, capsy
     answered = [b for _, b, _ in server.requests if "seed" not in b]
     assert {tuple(sorted(b)) for b in answered} == {(NEWER, "messages", "model")}
     assert len(answered) == 40 and len(server.requests) <= 40 + 5 * 16
-    assert capsys.readouterr().out.count("\n") == 4
+    assert capsys.readouterr().out.count("\n") == 2
     asked = len(server.requests)
     endpoint(server).preferences(questions)     # kept, under the question as it was meant
     assert len(server.requests) == asked
@@ -388,6 +388,21 @@ def test_a_refusal_that_names_no_parameter_ends_the_stage_at_once(server, status
     assert len(server.requests) == 1 and text in str(e.value)
 
 
+def test_a_refusal_of_something_else_is_no_refusal_of_the_parameters_in_its_words(server, capsys):
+    """What it names is left out of this request only, and nothing is said of it."""
+    def says(handler, route, body):
+        if "bad" in body["messages"][0]["content"]:
+            return 400, openai("Invalid content; max_tokens was 4096", code=None), {}
+        return Server.good(handler, route, body)
+    server.says = says
+    one = endpoint(server)
+    with pytest.raises(OSError, match="HTTP 400: Invalid content"):
+        one.prefers_b(("bad", "a", "b"))
+    one.error = None
+    one.prefers_b(("q", "a", "b"))
+    assert server.requests[-1][1]["max_tokens"] == 4096 and not capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- room, and what is cut off
 def cut(text, reason="length", **message):
     return {"choices": [{"message": {"content": text, **message}, "finish_reason": reason}]}
@@ -409,6 +424,17 @@ def test_an_answer_that_is_cut_off_is_told_as_that_and_not_asked_for_again(serve
     assert one.prefers_b(("q", "a", "b")) == 0.5 and one.undecided == 1
     with pytest.raises(OSError, match="cut off"):
         endpoint(server).try_out()
+
+
+def test_a_limit_that_the_server_refuses_as_too_large_is_to_be_lowered(server):
+    """Without it, the server's own limit cuts the answer off."""
+    def says(handler, route, body):
+        if {"max_tokens", NEWER} & set(body):
+            return 400, openai("max_tokens is too large: 4096", "max_tokens"), {}
+        return cut("Hm")
+    server.says = says
+    with pytest.raises(OSError, match="server refuses ILR_JUDGE_MAX_TOKENS .4096.: lower it"):
+        endpoint(server).prefers_b(("q", "a", "b"))
 
 
 def test_openai_says_in_an_error_that_there_was_no_room(server):
@@ -461,6 +487,28 @@ def test_a_refusal_to_answer_is_told_as_that_and_may_be_undecided(server, monkey
     assert one.prefers_b(("q", "a", "b")) == 0.5 and one.undecided == 1
 
 
+@pytest.mark.parametrize("text", ["", None, " \n", "<think>Hm</think>", "<think>Hm"])
+def test_an_answer_that_is_always_empty_may_be_undecided(server, monkeypatch, text):
+    """Where the server says that it is finished. It is asked for again after growing waits."""
+    monkeypatch.setattr(core.endpoint, "LONGEST_WAIT", 60)
+    server.says = lambda *_: cut(text, "stop")
+    with pytest.raises(OSError, match="after 6 of 6 tries: a reply without an answer"):
+        one = endpoint(server)
+        waits = no_waiting(one)
+        one.prefers_b(("q", "a", "b"))
+    assert len(waits) == 5 and waits[-1] >= 8
+    monkeypatch.setenv("ILR_JUDGE_UNDECIDED", "1")
+    one = endpoint(server)
+    no_waiting(one)
+    assert one.prefers_b(("q", "a", "b")) == 0.5 and one.undecided == 1
+
+
+@pytest.mark.parametrize("error", [{"code": 0, "message": ""}, {"code": None}, {}, "", False, None])
+def test_an_error_that_says_nothing_beside_an_answer_is_none(server, error):
+    server.says = lambda *_: {**ANSWER, "error": error}
+    assert endpoint(server).prefers_b(("q", "a", "b")) == 0 and len(server.requests) == 1
+
+
 # ---------------------------------------------------------------- waiting
 TOMORROW = datetime.now(UTC) + timedelta(days=1)
 
@@ -474,7 +522,10 @@ TOMORROW = datetime.now(UTC) + timedelta(days=1)
     ({"Retry-After": TOMORROW.strftime("%A, %d-%b-%y %H:%M:%S GMT")}, 80000, 86400),
     ({"Retry-After": TOMORROW.ctime()}, 80000, 86400),
     ({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}, 0, 0), ({"Retry-After": "-5"}, 0, 0),
-    ({"Retry-After": "soon"}, 0, 0), ({"Retry-After": ""}, 0, 0), ({"Retry-After": "1e9"}, 0, 0),
+    ({"Retry-After": "soon"}, 0, 0), ({"Retry-After": ""}, 0, 0),
+    ({"Retry-After": "1e3"}, 1e3, 1e3),
+    ({"Retry-After": "1m30s"}, 90, 90), ({"retry-after-ms": "500ms"}, 0.5, 0.5),
+    ({"Retry-After": "inf"}, 0, 0),
     ({"Retry-After": "nan"}, 0, 0), ({"Retry-After": "\u00b2"}, 0, 0), ({}, 0, 0)])
 def test_every_form_of_retry_after(headers, low, high):
     message = Message()
@@ -485,6 +536,12 @@ def test_every_form_of_retry_after(headers, low, high):
 
 @pytest.mark.parametrize("words, seconds", [
     ('{"retryDelay": "34s"}', 34), ("Please try again in 590ms.", 0.59), ("retry after 2 s", 2),
+    ("Please try again in 1m30s. Visit", 90), ("Please try again in 6m0s.", 360),
+    ("Please try again in 1h2m3.5s", 3723.5), ("try again in 12 minutes", 720),
+    ("Please retry in 34.074824224s.", 34.074824224), ("wait 2 minutes and 5 seconds", 125),
+    ("Try again after 250 milliseconds", 0.25), ("Limit resets in: 30s", 30),
+    ('{"retry_after": 20.5}', 20.5), ("Retry after 1 hour", 3600), ("RETRY IN 5 SEC", 5),
+    ("try again later. Limit: 30 s", 0), ("rate limit of 3 / min reached", 0),
     ("try again in a minute", 0)])
 def test_a_wait_that_stands_in_the_words(words, seconds):
     assert core.server.wait_asked(Message(), words) == pytest.approx(seconds, abs=1e-9)
