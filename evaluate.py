@@ -76,17 +76,21 @@ def pick(args):
     for model in args.models:
         if not Path(model).is_dir():
             raise InputError(f"--models {model}: no such folder")
-    accuracies = []
+    accuracies, samples = [], []
     for path in args.data:
         records = read_jsonl(path, GRADED, ("id", "sample"))
         warm(task, records)
+        samples += records
         accuracies.append(sum(map(task.grade, records)) / len(records))
     said = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
     if all(f"{accuracy:.1%}" == "0.0%" for accuracy in accuracies):
+        cut = sum(bool(r.get("truncated")) for r in samples)
+        why = unparsed(args.task, samples) or (
+            f"{cut} of {len(samples)} are cut off, see --max-new-tokens. "
+            "Train the weak model longer or at another learning rate")
         raise InputError(
             f"the samples of all candidates are wrong ({said} correct): nothing can be learned "
-            "from such demonstrations. Train the weak model longer or at another rate "
-            "(WEAK_EPOCHS, WEAK_LR), or choose other CHECKPOINTS")
+            f"from such demonstrations: {why} (WEAK_EPOCHS, WEAK_LR), or choose other CHECKPOINTS")
 
     # ABLATION: which of the weak models writes the demonstrations; ties: the first
     nearest = min(range(len(accuracies)), key=lambda i: abs(accuracies[i] - args.accuracy))

@@ -32,7 +32,15 @@ import random
 from fractions import Fraction
 
 from core.cli import make_parser, run_stage, share, whole
-from core.records import InputError, dumps, read_jsonl, write_json, write_jsonl
+from core.records import (
+    InputError,
+    dumps,
+    read_by_id,
+    read_jsonl,
+    same_prompt,
+    write_json,
+    write_jsonl,
+)
 from core.unfinished import refuse_existing
 from tasks import get_task, may_grade, warm
 
@@ -213,11 +221,12 @@ def write_clean(task, args):
 def read_comparisons(path, labels, labels_path):
     """The comparisons of these labels: `completion_a` must be the label. InputError if not."""
     comparisons = read_jsonl(path, ("id", "completion_a", "completion_b", "agree", "prob_b"))
-    now = {r["id"]: r["completion"] for r in labels}
+    now = {r["id"]: r for r in labels}
     for c in comparisons:
         if c["id"] not in now:
             raise InputError(f"{path}: id {c['id']} is not in {labels_path}")
-        if now[c["id"]] != c["completion_a"]:
+        same_prompt(now[c["id"]], c)
+        if now[c["id"]]["completion"] != c["completion_a"]:
             raise InputError(f"{path}: completion_a of id {c['id']} is not the label in "
                              f"{labels_path}")
     return comparisons
@@ -227,8 +236,10 @@ def write_refined(task, args):
     labels = read_jsonl(args.labels, ("id", "prompt", "completion"))
     if args.method == "naive":
         sources = args.proposals
-        records = [r for path in sources for r in read_jsonl(path, ("id", "completion"))]
-        proposals = {r["id"]: (r["completion"], r.get("truncated"), None) for r in records}
+        records = read_by_id(sources, ("id", "completion"))
+        for label in labels:
+            same_prompt(label, records.get(label["id"], {}))
+        proposals = {i: (r["completion"], r.get("truncated"), None) for i, r in records.items()}
         accepted = random_ids(labels, args.max_replace, args.seed, args.round)
     else:
         sources = args.comparisons
@@ -247,6 +258,9 @@ def write_refined(task, args):
                      [{**r, "completion": proposals[r["id"]][0]} for r in labels])
     write_json(f"{args.out}.summary", result)
     write_jsonl(args.out, new)
+    if cut := sum(bool(proposals[i][1]) for i in accepted):
+        print(f"note: {args.out}: {cut} of the {len(accepted)} proposals accepted were cut off at "
+              "a token limit: sft.py leaves them out")
     if not accepted and args.method != "naive":
         why = "the judge prefers none of the proposals that may replace one"
         if not result["asked"]:

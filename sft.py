@@ -48,7 +48,7 @@ def select_records(args):
     cut off."""
     records = half = read_jsonl(args.data, ("id", "prompt", "completion"))
     for r in records:
-        if isinstance(r.get("label"), bool):
+        if r.get("label") is not None:
             raise InputError(f"{r.place}: has a `label`, as unpaired preferences (KTO) have, on "
                              "which no stage trains: keep what is good, without the label")
     if args.half:

@@ -15,7 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from core.cli import make_parser, run_stage, share, whole
-from core.records import InputError, dumps, read_jsonl, write_jsonl
+from core.records import InputError, dumps, read_by_id, read_jsonl, same_prompt, write_jsonl
 from core.unfinished import refuse_existing
 from refine import replaced
 from tasks import get_task, may_grade, warm
@@ -34,8 +34,8 @@ def noisy(task, labels, gold, wrong_share, kind, seed):
         if len(wrong) < k:
             raise InputError(
                 f"{len(wrong)} of {len(labels)} labels are wrong, fewer than {wrong_share:.1%}: no "
-                "systematic noise of that share (labels that cannot be parsed do not count: SFT "
-                "leaves them out)")
+                "systematic noise of that share (labels that cannot be parsed, or were cut off, do "
+                "not count: SFT leaves them out)")
         new.update({i: wrong[i] for i in [i for i in order if i in wrong][:k]})
         return list(new.values())
     rng = random.Random(dumps([seed, "noise", "giver"]))
@@ -48,10 +48,10 @@ def noisy(task, labels, gold, wrong_share, kind, seed):
 
 
 def errors_of(task, labels):
-    """{id: label} of the labels that can be parsed and are wrong."""
+    """{id: label} of the labels that SFT trains on, parsed and complete, and that are wrong."""
     warm(task, labels)
-    return {r["id"]: r for r in labels
-            if task.is_well_formed(r["completion"]) and task.grade(r) <= 0.5}
+    return {r["id"]: r for r in labels if not r.get("truncated")
+            and task.is_well_formed(r["completion"]) and task.grade(r) <= 0.5}
 
 
 def another(task, record, gold, ids, rng):
@@ -75,11 +75,13 @@ def main(args):
     check(args)
     refuse_existing(args.out)
     labels = read_jsonl(args.labels, ("id", "prompt", "completion"))
-    records = [r for path in args.proposals for r in read_jsonl(path, ("id", "completion"))]
-    gold = {r["id"]: r["completion"] for r in records}
-    missing = [r["id"] for r in labels if r["id"] not in gold]
+    records = read_by_id(args.proposals, ("id", "completion"))
+    missing = [r["id"] for r in labels if r["id"] not in records]
     if missing:
         raise InputError(f"{' '.join(args.proposals)}: id {missing[0]} of {args.labels} is missing")
+    for r in labels:
+        same_prompt(r, records[r["id"]])
+    gold = {i: r["completion"] for i, r in records.items()}
     new = noisy(get_task(args.task), labels, gold, args.share, args.kind, args.seed)
     write_jsonl(args.out, new)
     print(f"{args.out}: {len(labels)} labels, {args.share:.1%} of them with {args.kind} noise")

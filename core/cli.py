@@ -55,6 +55,10 @@ def run_stage(parser, main, argv=None):
     try:
         if sys.flags.optimize > 1:
             raise InputError("PYTHONOPTIMIZE=2 removes what transformers reads: unset it")
+        for name, value in vars(args).items():
+            if "" in (value if isinstance(value, list) else [value]):
+                raise InputError(f"--{name.replace('_', '-')} is empty: leave it out, or say what "
+                                 "it is")
         with processes(parser.prog):
             main(args)
     except InputError as e:

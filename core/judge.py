@@ -13,7 +13,7 @@ from core.models import count_weights, open_model, pick_device, pick_dtype
 from core.packing import hidden_states, pack
 from core.precision import set_exact
 from core.probe import probe
-from core.records import InputError, dumps, read_jsonl
+from core.records import InputError, dumps, read_by_id, read_jsonl, same_prompt
 from core.tokens import encode_completion, encode_prompt, open_tokenizer
 from core.unfinished import BatchLog
 
@@ -47,8 +47,7 @@ def read_samples(paths, gold_path):
 
     Returns (lists of records with the field `gold_completion`, number of problems).
     """
-    gold = read_jsonl(gold_path, ("id", "completion", "reference"))
-    gold = {r["id"]: r["completion"] for r in gold}
+    gold = read_by_id([gold_path], ("id", "completion", "reference"))
     samples = []
     for path in paths:
         fields = ("id", "prompt", "completion", "reference")
@@ -56,7 +55,8 @@ def read_samples(paths, gold_path):
         for r in samples[-1]:
             if r["id"] not in gold:
                 raise InputError(f"{path}: id {r['id']} is not in {gold_path}")
-            r["gold_completion"] = gold[r["id"]]
+            same_prompt(gold[r["id"]], r)
+            r["gold_completion"] = gold[r["id"]]["completion"]
     return samples, len(gold)
 
 
@@ -113,16 +113,11 @@ def three_splits(pairs, seed):
 # ---------------------------------------------------------------- what is compared
 def join_files(a_path, b_paths):
     """[(record of A, record of B with its id)], in the order of A; every id must have both."""
-    proposals, files = {}, " ".join(b_paths)
-    for path in b_paths:
-        for r in read_jsonl(path, ("id", "completion")):
-            if r["id"] in proposals:
-                raise InputError(f"{path}: id {r['id']} stands already in another file of --b")
-            proposals[r["id"]] = r
-    pairs = []
+    proposals, files, pairs = read_by_id(b_paths, ("id", "completion")), " ".join(b_paths), []
     for a in read_jsonl(a_path, ("id", "prompt", "completion")):
         if a["id"] not in proposals:
             raise InputError(f"{files}: id {a['id']} of {a_path} is missing")
+        same_prompt(a, proposals[a["id"]])
         pairs.append((a, proposals.pop(a["id"])))
     if proposals:
         raise InputError(f"{files}: id {next(iter(proposals))} is not in {a_path}")

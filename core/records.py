@@ -20,9 +20,11 @@ KINDS = {       # field -> (types allowed, their name in an error message); othe
     "id": ((str, int), "a string or a whole number"),
     "sample": WHOLE, "pair": WHOLE,
     "agree": ((bool,), "true or false"),
+    "reference": ((str,), "a string or a number"),
     "prob_b": ((int, float, type(None)), "a probability or null"),
     "prompt": TEXT, "completion": TEXT, "completion_a": TEXT, "completion_b": TEXT,
     "chosen": TEXT, "rejected": TEXT, "question": TEXT, "answer": TEXT, "db_name": TEXT}
+FLAGS = ("truncated", "chosen_truncated", "rejected_truncated", "truncated_a", "truncated_b")
 # What a file may be that lacks a field: (the field, one that it has, what to do).
 OTHER_KINDS = [
     ("prompt", "text", "language modelling: write the text as `completion`, and an empty `prompt`"),
@@ -52,9 +54,11 @@ def read_lines(path):
         with open(path, encoding="utf-8-sig") as f:     # without a byte order mark
             return f.read().split("\n")
     except OSError as e:
-        raise InputError(f"{path}: {e.strerror}") from None
+        what = ": expected a file of JSON Lines" if isinstance(e, IsADirectoryError) else ""
+        raise InputError(f"{path}: {e.strerror}{what}") from None
     except UnicodeDecodeError as e:
-        raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start})") from None
+        raise InputError(f"{path}: not UTF-8 text ({e.reason} at byte {e.start}): unpack it, or "
+                         "write it as JSON Lines in UTF-8") from None
 
 
 def check_fields(record, fields, where):
@@ -62,13 +66,14 @@ def check_fields(record, fields, where):
     for name in fields:
         if name not in record:
             what = next((f"; this is {what}" for lacks, has, what in OTHER_KINDS
-                         if lacks == name and has in record), "")
+                         if lacks == name and has in record and has not in fields), "")
             raise InputError(f"{where}: field {name!r} is missing{what}")
         conversation = name == "prompt" and isinstance(record[name], list)      # `unfolded` did it
         if name in KINDS and type(record[name]) not in KINDS[name][0] and not conversation:
             raise InputError(f"{where}: field {name!r} must be {KINDS[name][1]}")
-    if not isinstance(record.get("truncated"), (bool, type(None))):
-        raise InputError(f"{where}: field 'truncated' must be true or false")
+    for name in FLAGS:
+        if not isinstance(record.get(name), (bool, type(None))):
+            raise InputError(f"{where}: field {name!r} must be true or false")
     if "prob_b" in fields:
         prob_b = record["prob_b"]
         if not (record["agree"] if prob_b is None else 0 <= prob_b <= 1):
@@ -76,15 +81,12 @@ def check_fields(record, fields, where):
                              "or null where the two agree")
 
 
-def as_text(reference, where):
-    """A reference as text: the JSON numbers 42, 42.0 and 4.2e1 are all "42"."""
-    if isinstance(reference, str):
-        return reference
+def as_text(reference):
+    """A reference that is a number as text: the JSON numbers 42, 42.0 and 4.2e1 are all "42"."""
     if type(reference) is float and reference.is_integer() and abs(reference) < 1e16:
         reference = int(reference)
-    if type(reference) not in (int, float) or not math.isfinite(reference):
-        raise InputError(f"{where}: field 'reference' must be a string or a number")
-    return str(reference)
+    number = type(reference) in (int, float) and math.isfinite(reference)
+    return str(reference) if number else reference
 
 
 def one_form(record, first):
@@ -101,8 +103,8 @@ def one_form(record, first):
 def read_jsonl(path, fields=("id",), key=("id",)):
     """Read a file of records. Each must hold `fields`, and no two may have the same `key` values.
 
-    Where no record has an id, the number of its line is its id. Conversations are read as
-    core/conversations.py says, and a reference that is a number as text.
+    Where no record has an id, the number of its line is its id; null is none. Conversations are
+    read as core/conversations.py says, and a reference that is a number as text.
     Raises InputError with file and line for: a missing or empty file, malformed JSON (NaN and
     Infinity included), a missing field, a field of the wrong type (KINDS), a repeated key, records
     of two forms.
@@ -117,7 +119,7 @@ def read_jsonl(path, fields=("id",), key=("id",)):
             # half of a surrogate pair, as it is or written \ud800, cannot be encoded
             (dumps(record) if "\\u" in line else line).encode()
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{place}: not JSON ({e})") from None
+            raise InputError(f"{place}: not JSON ({e}): write one object per line") from None
         if not isinstance(record, dict):
             raise InputError(f"{place}: expected a JSON object, found {type(record).__name__}: "
                              "write one object per line")
@@ -126,12 +128,15 @@ def read_jsonl(path, fields=("id",), key=("id",)):
         except ValueError as e:
             raise InputError(f"{place}: {e}") from None
         if "id" in fields:
+            for name in ("id", "reference"):
+                if record.get(name) is None:
+                    record.pop(name, None)
             first = first or record
             one_form(record, first)
             if "id" not in record:
                 record = Record({"id": number, **record}, place)
             if "reference" in record:
-                record["reference"] = as_text(record["reference"], place)
+                record["reference"] = as_text(record["reference"])
         check_fields(record, fields, place)
         if key:
             values = tuple(json.dumps(record.get(k)) for k in key)
@@ -143,6 +148,24 @@ def read_jsonl(path, fields=("id",), key=("id",)):
     if not records:
         raise InputError(f"{path}: holds no records")
     return records
+
+
+def read_by_id(paths, fields):
+    """{id: record} of several files. InputError if an id stands in two of them."""
+    found = {}
+    for r in (r for path in paths for r in read_jsonl(path, fields)):
+        if r["id"] in found:
+            raise InputError(f"{r.place}: id {r['id']} stands already in {found[r['id']].place}")
+        found[r["id"]] = r
+    return found
+
+
+def same_prompt(a, b):
+    """Refuse two records of one id if both have a prompt and these differ: the files are not of the
+    same problems, or not in one order where line numbers are ids."""
+    if "prompt" in a and "prompt" in b and a["prompt"] != b["prompt"]:
+        raise InputError(f"{b.place}: id {b['id']} has another prompt than in {a.place}: give each "
+                         "problem one `id` in both files")
 
 
 def complete(records, flag, what):

@@ -65,20 +65,23 @@ def fix_date():
 
 def end_of_turn(tokenizer, path):
     """The first special token after an answer in the chat format, else the tokenizer's EOS."""
-    import jinja2
     try:
         b, c = (tokenizer.apply_chat_template([{"role": "user", "content": "a"},
                                                {"role": "assistant", "content": answer}],
                                               return_dict=False) for answer in "bc")
         chat_prompt(tokenizer, [{"role": "user", "content": "a"}])
-    except jinja2.TemplateError as e:
+    except Exception as e:      # a template is a program, which may raise anything
         raise InputError(f"--chat-template: that of {path} refuses a question and its answer "
-                         f"({e})") from None
+                         f"({in_one_line(e)})") from None
     added = tokenizer.added_tokens_decoder
     for i in b[first_difference(b, c):]:
         if i in added and added[i].special:
             return added[i].content
     return tokenizer.eos_token
+
+
+def in_one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def first_difference(a, b):
@@ -95,8 +98,8 @@ def chat_prompt(tokenizer, turns):
     """Token ids of messages in the model's own chat format, up to where the answer begins.
 
     Special tokens that a message spells out are text: such a message's own ids are put between what
-    the template writes before and after it. Raises ValueError or jinja2.TemplateError if the
-    template refuses the messages, or cannot be cut that way.
+    the template writes before and after it. Raises ValueError if it cannot be cut that way, and
+    whatever the template itself raises.
     """
     def templated(turns):
         return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
@@ -128,15 +131,13 @@ def encode_prompt(tokenizer, prompt, place="a prompt"):
     those that the template refuses.
     """
     if getattr(tokenizer, "as_chat", False):
-        import jinja2
         if isinstance(prompt, str):
             prompt = [{"role": "user", "content": question_of(prompt)}]
         try:
             return chat_prompt(tokenizer, prompt)
-        except (jinja2.TemplateError, ValueError, TypeError) as e:
-            why = " ".join(str(e).split())
-            raise InputError(f"{place}: the chat template refuses its messages ({why}): correct "
-                             "them, or leave the record out") from None
+        except Exception as e:      # a template is a program, which may raise anything
+            raise InputError(f"{place}: the chat template refuses its messages ({in_one_line(e)}): "
+                             "correct them, or leave the record out") from None
     if isinstance(prompt, list):
         raise InputError(f"{place}: messages need --chat-template")
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]

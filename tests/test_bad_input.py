@@ -1,4 +1,5 @@
 """Errors: one line, with the exit code that belongs to it, and nothing is left behind."""
+import gzip
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import evaluate
 import generate
 import refine
 import sft
+from baselines import label_noise
 from core.cli import run_stage
 from core.records import write_json, write_jsonl
 from tasks import arithmetic
 
 STAGES = {"sft": sft, "generate": generate, "compare": compare, "refine": refine, "dpo": dpo,
-          "evaluate": evaluate, "tasks/arithmetic": arithmetic}
+          "evaluate": evaluate, "tasks/arithmetic": arithmetic,
+          "baselines/label_noise": label_noise}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,8 @@ COMMANDS = {
     "refine proposals": REFINE + "--method naive --labels {labels.jsonl} --proposals {bad}",
     "dpo pairs": "dpo --model {model} --data {bad} --out {out}",
     "evaluate labels": "evaluate grade --task arithmetic --data {bad} --out {out}",
+    "label_noise labels": "baselines/label_noise --task arithmetic --labels {bad} "
+                          "--proposals {proposals.jsonl} --out {out}",
 }
 FIELDS = {"dpo pairs": "rejected", "refine comparisons": "agree",
           "refine comparisons pairs": "agree", "generate labels": "prompt",
@@ -146,6 +151,38 @@ def test_spoiled_file(name, how, good, tmp_path, capsys):
 def test_missing_file(name, good, tmp_path, capsys):
     assert "nowhere.jsonl: No such file" in refused(COMMANDS[name], good, tmp_path, capsys,
                                                     bad=tmp_path / "nowhere.jsonl")
+
+
+PROMPT, ANSWER = json.dumps({"prompt": "q"}), json.dumps({"prompt": "q", "completion": "5"})
+
+
+@pytest.mark.parametrize("content, message", [
+    (json.dumps([{"prompt": "q"}]).encode(), ":1: expected a JSON object, found list: write one"),
+    (json.dumps([{"prompt": "q"}], indent=1).encode(), ":1: not JSON (.*): write one object"),
+    (json.dumps({"prompt": "q"}, indent=1).encode(), ":1: not JSON (.*): write one object"),
+    (f"{PROMPT}{PROMPT}\n".encode(), ":1: not JSON (.*): write one object per line"),
+    (gzip.compress(ANSWER.encode()), ": not UTF-8 text (.*): unpack it, or write it as JSON Lines"),
+    (b"PAR1\x15\x04\xff", ": not UTF-8 text (.*): unpack it, or write it as JSON Lines in UTF-8"),
+    (ANSWER.encode("utf-16"), ": not UTF-8 text (.*): unpack it, or write it as JSON Lines in UTF"),
+    (None, ": Is a directory: expected a file of JSON Lines")])
+def test_a_file_that_is_no_json_lines_says_what_to_do(content, message, good, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    bad.mkdir() if content is None else bad.write_bytes(content)
+    said = refused(COMMANDS["sft labels"], good, tmp_path, capsys, bad=bad)
+    pattern = re.escape(message).replace(r"\.\*", ".*")
+    assert re.search(re.escape(str(bad)) + pattern, said), said
+
+
+@pytest.mark.parametrize("name", ["compare proposals", "compare labels", "refine proposals",
+                                  "refine comparisons", "label_noise labels"])
+def test_a_join_of_different_problems_is_refused(name, good, tmp_path, capsys):
+    """As line numbers give it where one of two files has another order."""
+    bad = tmp_path / "bad.jsonl"
+    records = [json.loads(line) for line in (good / f"{name.split()[1]}.jsonl").open()]
+    prompts = [r["prompt"] for r in records]
+    write_jsonl(bad, [{**r, "prompt": p} for r, p in zip(records, prompts[::-1], strict=True)])
+    said = refused(COMMANDS[name], good, tmp_path, capsys, bad=bad)
+    assert re.search(r"\.jsonl:\d: id \S+ has another prompt than in \S+\.jsonl:\d", said), said
 
 
 @pytest.mark.parametrize("folder", ["no_model", "tokenizer", "torn", "nowhere"])
@@ -254,7 +291,9 @@ def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
     ("compare score --judge oracle --task french --a {labels.jsonl} --out {out}",
      "no tasks/french.py"),
     (SCORE + "--judge oracle --a {labels.jsonl} --b {proposals.jsonl} {proposals.jsonl}",
-     "stands already in another file of --b"),
+     "proposals.jsonl:1: id train-0-0 stands already in"),
+    (REFINE + "--method naive --labels {labels.jsonl} --proposals {labels.jsonl} {labels.jsonl}",
+     "labels.jsonl:1: id train-0-0 stands already in"),
     (JUDGE + "--data {samples.jsonl} --gold {labels.jsonl} --optimizer sgd",
      "argument --optimizer: invalid choice"),
     (REFINE + "--method pairs --labels {labels.jsonl}", "--method pairs needs --comparisons"),
@@ -307,6 +346,12 @@ def test_ids_that_do_not_match(name, change, good, tmp_path, capsys):
      "--out {out}", "no such folder"),
     ("generate --model {model} --data {labels.jsonl} --out {out} {out}",
      "--out names one file twice"),
+    ("sft --model {model} --data {labels.jsonl} --out=", "--out is empty: leave it out, or say"),
+    ("generate --model {model} --data {labels.jsonl} --out {out} --out=", "--out is empty"),
+    ("sft --model= --data {labels.jsonl} --out {out}", "--model is empty"),
+    ("refine --method naive --labels {labels.jsonl} --proposals= --out {out}",
+     "--proposals is empty"),
+    ("evaluate grade --task arithmetic --data {labels.jsonl} --out=", "--out is empty"),
     ("evaluate nothing", "invalid choice: 'nothing'"),
     ("tasks/arithmetic --out {out} --train 5 --gt 5", "--gt 5 must lie between 0 and --train 5"),
 ])

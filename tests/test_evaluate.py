@@ -118,6 +118,18 @@ def test_pick_refuses_where_nothing_is_right(tmp_path, candidates):
     assert (tmp_path / "labeler").resolve() == (tmp_path / "m1").resolve()
 
 
+@pytest.mark.parametrize("completion, why", [
+    ("2+", r"none of the 30 answers can be parsed .*; 30 of 30 are cut off, see --max-new-tokens"),
+    ("#### -1", r"demonstrations: 30 of 30 are cut off, see --max-new-tokens")])
+def test_pick_says_where_answers_were_cut_off(completion, why, tmp_path, candidates):
+    files = candidates(0, 0, 0)
+    for path in files[1:4]:
+        write_jsonl(path, [{**r, "completion": completion, "truncated": True} for r in rows(path)])
+    with pytest.raises(InputError, match=why):
+        run(evaluate, "pick", *files, "--task", "arithmetic", "--accuracy", 0.45, "--out",
+            tmp_path / "labeler")
+
+
 @pytest.mark.parametrize("argv, message", [
     (["grade", "--task", "algebra", "--data", "x"], "there is no tasks/algebra.py"),
     (["grade", "--task", "arithmetic", "--data", "x", "--exact-release"], "no task arithmetic"),

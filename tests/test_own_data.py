@@ -18,6 +18,7 @@ from conftest import ROOT, everything, preferences, rows, run
 import baselines
 import compare
 import dpo
+import evaluate
 import generate
 import refine
 import sft
@@ -94,7 +95,8 @@ def test_every_format_of_trl_is_read_as_it_is(tmp_path):
 
 
 def test_variants_that_data_on_the_hub_has(tmp_path):
-    """Parts of type text, nulls, ShareGPT's names, a prompt that repeats the first message."""
+    """Parts of type text, nulls, ShareGPT's names, a prompt that repeats the first message, empty
+    columns of tables of several forms, flags that say what is done anyway."""
     d, expected = tmp_path / "d.jsonl", {"prompt": [SKY], "completion": "#### 4"}
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "3?"}]
     turns = [{"role": "user", "content": parts, "tool_calls": None}, {**GREEN, "name": None}]
@@ -102,9 +104,37 @@ def test_variants_that_data_on_the_hub_has(tmp_path):
                    {"messages": None, "prompt": turns[:1], "completion": turns[1:]},
                    {"conversations": [{"from": "human", "value": "2+3?"},
                                       {"from": "gpt", "value": "#### 4"}]},
-                   {"prompt": turns[:1], "completion": turns[1:]}):
+                   {"prompt": turns[:1], "completion": turns[1:]},
+                   {"messages": turns, "prompt": None, "completion": None, "conversations": []},
+                   {"messages": turns, "prompt": "", "completion": ""},
+                   {"messages": [], "prompt": turns[:1], "completion": turns[1:], "tools": []},
+                   {"messages": None, "conversations": turns},
+                   {"conversations": turns, "messages": None, "chosen": None, "system": ""},
+                   {"prompt": turns[:1], "completion": turns[1:], "tools": "[]", "system": None},
+                   {"messages": [turns[0], {**GREEN, "weight": 1, "train": True, "mask": False}]},
+                   {"messages": [{**SKY, "weight": 0, "train": False}, GREEN], "images": None},
+                   {"messages": [SKY, {**GREEN, "turn": 1, "score": 0.5, "lang": "en"}]}):
         found = one(d, record, *DEMO)
+        found["prompt"] = [{k: m[k] for k in ("role", "content")} for m in found["prompt"]]
         assert {k: found[k] for k in expected} == expected
+
+
+def test_what_belongs_to_a_prompt_matters_where_the_prompt_is_read(tmp_path):
+    """Answers to images or under a system prompt may be graded, which reads neither."""
+    data = written(tmp_path / "d.jsonl", {"prompt": "q", "completion": "#### 5", "reference": 5,
+                                          "images": ["x.png"], "system": "be brief"})
+    run(evaluate, "grade", "--task", "arithmetic", "--data", data, "--out", tmp_path / "g.jsonl")
+    assert rows(tmp_path / "g.jsonl")[0]["correct"] == 1
+
+
+def test_sharegpt_preferences(tmp_path):
+    """As LLaMA-Factory has them; other keys of a message stay."""
+    human, chosen, rejected = ({"from": role, "value": text} for role, text in (
+        ("human", "2+3?"), ("gpt", BLUE["content"]), ("gpt", GREEN["content"])))
+    found = one(tmp_path / "d.jsonl", {"conversations": [{**human, "name": "x"}], "chosen": chosen,
+                                       "rejected": rejected}, *PAIR)
+    assert {k: found[k] for k in ("prompt", "chosen", "rejected")} == {
+        "prompt": [{**SKY, "name": "x"}], "chosen": BLUE["content"], "rejected": GREEN["content"]}
 
 
 @pytest.mark.parametrize("newline, bom", [("\n", b"\xef\xbb\xbf"), ("\r\n", b""),
@@ -126,11 +156,33 @@ def test_a_reference_may_be_a_number(tmp_path, number, text):
     assert read_jsonl(tmp_path / "d.jsonl", ("id", "reference"))[0]["reference"] == text
 
 
-@pytest.mark.parametrize("value", ["true", "null", "[42]", '{"value": 42}', "1e999"])
+@pytest.mark.parametrize("value", ["true", "[42]", '{"value": 42}', "1e999"])
 def test_a_reference_that_is_neither_text_nor_number(tmp_path, value):
+    """It is refused where it is needed, and kept elsewhere."""
     (tmp_path / "d.jsonl").write_text(f'\n{{"id": 1, "reference": {value}}}\n')
     with pytest.raises(InputError, match="d.jsonl:2: field 'reference' must be a string or a num"):
-        read_jsonl(tmp_path / "d.jsonl")
+        read_jsonl(tmp_path / "d.jsonl", ("id", "reference"))
+    assert read_jsonl(tmp_path / "d.jsonl") == [{"id": 1, "reference": json.loads(value)}]
+
+
+def test_nulls_are_no_ids_and_no_references(tmp_path):
+    d = written(tmp_path / "d.jsonl", {"id": None, "reference": None}, {"id": None})
+    assert read_jsonl(d) == [{"id": 1}, {"id": 2}]
+    with pytest.raises(InputError, match="d.jsonl:1: field 'reference' is missing"):
+        read_jsonl(d, ("id", "reference"))
+    with pytest.raises(InputError, match="d.jsonl:2: has no id, unlike .*d.jsonl:1"):
+        read_jsonl(written(d, {"id": "a"}, {"id": None}))
+
+
+def test_refining_labels_whose_references_no_task_can_grade(tmp_path):
+    """They are carried along; the summary grades nothing."""
+    labels = [{"prompt": f"{i}", "completion": f"#### {i}", "reference": [i]} for i in range(8)]
+    a = written(tmp_path / "a.jsonl", *labels)
+    b = written(tmp_path / "b.jsonl", *({**r, "completion": "#### 9"} for r in labels))
+    run(refine, "--method", "naive", "--task", "arithmetic", "--labels", a, "--proposals", b,
+        "--max-replace", 0.5, "--out", tmp_path / "o.jsonl")
+    assert [r["reference"] for r in rows(tmp_path / "o.jsonl")] == [[i] for i in range(8)]
+    assert "precision" not in read_json(tmp_path / "o.jsonl.summary")
 
 
 def test_lines_are_ids_in_what_stages_write(tiny, problems, tmp_path):
@@ -159,6 +211,7 @@ def test_what_is_written_is_what_trl_reads(tmp_path):
 
 # ---------------------------------------------------------------- what is refused
 CALL = {"role": "assistant", "tool_calls": [{"type": "function"}]}
+HUMAN, GPT = {"from": "human", "value": "2+3?"}, {"from": "gpt", "value": "#### 5"}
 IMAGE = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
 REFUSED = [
     ("sft", {"messages": []}, "`messages` is an empty conversation"),
@@ -166,7 +219,7 @@ REFUSED = [
     ("sft", {"messages": [SKY]}, "the last of `messages` is the user's: end with the assistant's"),
     ("sft", {"messages": [GREEN]}, "an assistant's message in `messages` follows no user's"),
     ("sft", {"messages": [SKY, GREEN, BLUE]}, "follows no user's"),
-    ("sft", {"messages": [SKY, CALL]}, "`messages` holds tool calls"),
+    ("sft", {"messages": [SKY, CALL]}, "`tool_calls` is not taken"),
     ("sft", {"messages": [SKY, {"role": "tool", "content": "5"}, BLUE]}, "holds tool calls"),
     ("sft", {"messages": [SKY, BLUE], "tools": [{}]}, "`tools` is not taken"),
     ("sft", {"messages": [IMAGE, BLUE]}, "a content in `messages` is not text alone"),
@@ -174,13 +227,32 @@ REFUSED = [
     ("sft", {"messages": [SKY, {"role": "assistant"}]}, "has no content"),
     ("sft", {"messages": [SKY, {"content": "5"}]}, "must be a list of messages"),
     ("sft", {"messages": [SKY, {**BLUE, "reasoning_content": "hm"}]}, "`reasoning_content` of an"),
-    ("sft", {"messages": [SKY, {**BLUE, "weight": 0}]}, "has a weight"),
+    *(("sft", {"messages": [SKY, {**BLUE, key: value}]}, f"`{key}` of an answer in `mess")
+      for key, value in (("weight", 0), ("weight", 0.5), ("train", False), ("loss", False),
+                         ("is_trainable", False), ("loss_mask", 0), ("mask", 1), ("masked", True),
+                         ("ignore", True), ("train_detail", [{"begin_offset": 0}]))),
+    ("sft", {"conversations": [HUMAN, {**GPT, "weight": 0}]}, "`weight` of an answer"),
+    ("sft", {"conversations": [HUMAN, {**GPT, "loss": False}]}, "`loss` of an answer"),
+    ("sft", {"conversations": [HUMAN, {**GPT, "reasoning": "hm"}]}, "`reasoning` of an answer"),
+    ("sft", {"conversations": [HUMAN, {**GPT, "tool_calls": [{}]}]}, "`tool_calls` is not taken"),
+    ("sft", {"conversations": [{**HUMAN, "images": ["x"]}, GPT]}, "`images` is not taken"),
+    ("sft", {"messages": [SKY, BLUE], "conversations": [HUMAN, GPT]}, "has `messages` and `conver"),
+    ("sft", {"prompt": "q", "completion": "a", "images": ["x.png"]}, "`images` is not taken"),
+    ("sft", {"prompt": "q", "completion": "a", "tools": ["a"]}, "`tools` is not taken"),
+    ("generate", {"prompt": "q", "image": "x.png"}, "`image` is not taken"),
+    ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b", "images": ["x"]}, "`images` is not"),
+    *((name, {**record, "system": "be brief"}, "`system` is not read: write it as the first")
+      for name, record in (("sft", {"messages": [SKY, BLUE]}), ("generate", {"prompt": [SKY]}),
+                           ("sft", {"conversations": [HUMAN, GPT]}),
+                           ("sft", {"prompt": "q", "completion": "a"}),
+                           ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b"}))),
     ("sft", {"messages": [SKY, BLUE], "completion": "5"}, "has `messages` and `completion`"),
     ("sft", {"prompt": "2+3?", "completion": [BLUE]}, "`completion` is a conversation and"),
     ("sft", {"prompt": [SKY], "completion": "5"}, "`prompt` is a conversation and `completion`"),
     ("sft", {"prompt": [SKY], "completion": [BLUE, MORE, LAST]}, "`completion` must be one"),
     ("sft", {"prompt": [SKY, GREEN], "completion": [BLUE]}, "the last message of `prompt` is the"),
-    ("sft", {"prompt": "2+3?", "completion": "5", "label": False}, "has a `label`, as unpaired"),
+    *(("sft", {"prompt": "2+3?", "completion": "5", "label": label}, "has a `label`, as unpaired")
+      for label in (False, True, 0, 1, "True", "bad")),
     ("sft", {"text": "The sky is blue."}, "language modelling: write the text as `completion`"),
     ("sft", {"prompt": "q", "completions": ["a"], "labels": [True]}, "stepwise supervision"),
     ("sft", {"prompt": "q", "chosen": "a", "rejected": "b"}, "which dpo.py trains on"),
@@ -194,6 +266,17 @@ REFUSED = [
     ("dpo", {"prompt": [SKY], "chosen": [SKY, BLUE], "rejected": [SKY, GREEN]}, "must be one mess"),
     ("dpo", {"prompt": [SKY], "chosen": "5", "rejected": "4"}, "`prompt` is a conversation and"),
     ("dpo", {"prompt": [SKY], "chosen": [BLUE], "rejected": "4"}, "`rejected` is not: write both"),
+    ("dpo", {"question": "2+2?", "chosen": "4", "rejected": "5"}, "`question` is not read: give"),
+    ("dpo", {"question": "q", "chosen": "It is 4", "rejected": "It is 5"}, "`question` is not"),
+    ("dpo", {"chosen": "4", "rejected": "5"}, "have no beginning in common: give the question as"),
+    ("dpo", {"prompt": "q", "chosen": GPT, "rejected": GPT}, "give it as `prompt`, a list of mess"),
+    ("dpo", {"chosen": GPT, "rejected": GPT}, "the user's question at least: give it as `prompt`"),
+    ("dpo", {"chosen": 4, "rejected": 5}, ":1: field 'prompt' is missing\n"),
+    ("dpo", {"chosen": "4", "rejected": 5}, ":1: field 'prompt' is missing\n"),
+    ("dpo", {"prompt": "q", "chosen": "a", "rejected": "b", "truncated": True}, "does not say"),
+    *(("dpo", {"prompt": "q", "chosen": "a", "rejected": "b", f"{side}_truncated": value},
+       f"field '{side}_truncated' must be true or false")
+      for side in ("chosen", "rejected") for value in ("false", 1)),
     ("dpo", {"prompt": "q", "completion": "5"}, "demonstrations, which sft.py trains on"),
     ("dpo", {"messages": [SKY, BLUE]}, "demonstrations, which sft.py trains on")]
 STAGES = {"sft": sft, "generate": generate, "dpo": dpo}
@@ -240,6 +323,25 @@ def test_a_template_that_refuses_a_conversation(tiny, tmp_path):
     data = written(tmp_path / "d.jsonl", *({"messages": t} for t in turns))
     with pytest.raises(InputError, match="d.jsonl:2: .* refuses .*System role not supported"):
         run(sft, "--model", folder, "--data", data, "--chat-template", "--out", tmp_path / "o")
+
+
+@pytest.mark.parametrize("code, why", [
+    ("messages[0]['content'] + 1", "TypeError: "), ("1 // 0", "ZeroDivisionError: "),
+    ("messages[7].content", "UndefinedError: "),
+    ("messages[0].content.index('zz')", "ValueError: ")])
+@pytest.mark.parametrize("when", ["always", "of a system message"])
+def test_a_template_that_fails_in_its_own_way(code, why, when, tiny, tmp_path):
+    failing = f"{{{{ {code} }}}}"
+    if when != "always":
+        failing = f"{{% if messages[0].role == 'system' %}}{failing}{{% endif %}}"
+    folder = with_template(tiny, tmp_path / "m", failing + TEMPLATE)
+    data = written(tmp_path / "d.jsonl", {"messages": [SYSTEM, SKY, BLUE]})
+    place = f"--chat-template: that of {folder} " if when == "always" else f"{data}:1: .* template "
+    for stage in (sft, generate):
+        with pytest.raises(InputError, match=f"{place}refuses .*{why}") as e:
+            run(stage, "--model", folder, "--data", data, "--chat-template", "--out",
+                tmp_path / "o")
+        assert "\n" not in str(e.value)
 
 
 # ---------------------------------------------------------------- what is trained
@@ -408,7 +510,7 @@ def test_pairs_whose_chosen_side_was_cut_off_are_not_trained(tiny, problems, tmp
 
 
 @pytest.mark.parametrize("method", ["ilr", "naive"])
-def test_a_replaced_label_has_the_mark_of_its_proposal(method, tmp_path):
+def test_a_replaced_label_has_the_mark_of_its_proposal(method, tmp_path, capsys):
     marks = [{"truncated": True}, {"truncated": False}, {"truncated": True}, {}]
     labels = [{"id": i, "prompt": "q", "completion": "old", **m} for i, m in enumerate(marks)]
     proposals = [{"id": i, "prompt": "q", "completion": "new", "truncated": i > 0, "reference": 1}
@@ -426,6 +528,9 @@ def test_a_replaced_label_has_the_mark_of_its_proposal(method, tmp_path):
     found = rows(tmp_path / "o.jsonl")
     replaced = [r for r in found if r["accepted"]]
     assert len(replaced) >= 3       # ILR's rule never takes them all
+    cut = sum(r["truncated"] for r in replaced)
+    said = capsys.readouterr().out
+    assert f"{cut} of the {len(replaced)} proposals accepted were cut off at a token limit" in said
     assert all(r["truncated"] == (r["id"] > 0) for r in replaced)
     assert all(r.get("truncated") == labels[r["id"]].get("truncated")
                for r in found if not r["accepted"])
@@ -470,6 +575,20 @@ def test_label_noise_takes_the_mark_off(tmp_path):
     run(label_noise, "--labels", a, "--proposals", a, "--task", "arithmetic", "--share", 0.5,
         "--out", tmp_path / "o.jsonl")
     assert [r["truncated"] for r in rows(tmp_path / "o.jsonl")] == [False] * 6
+
+
+def test_noise_of_cut_off_labels_is_none(tmp_path):
+    """SFT leaves them out, so they are not among the wrong labels asked for."""
+    labels = [{"id": i, "prompt": "q", "completion": "#### 99" if i < 8 else f"#### {i}",
+               "reference": f"{i}", "truncated": i % 2 == 0} for i in range(16)]
+    a = written(tmp_path / "a.jsonl", *labels)
+    b = written(tmp_path / "b.jsonl", *({**r, "completion": f"#### {r['id']}"} for r in labels))
+    argv = ["--labels", a, "--proposals", b, "--task", "arithmetic", "--kind", "systematic"]
+    run(label_noise, *argv, "--share", 0.25, "--out", tmp_path / "o.jsonl")
+    wrong = [r for r in rows(tmp_path / "o.jsonl") if r["completion"] == "#### 99"]
+    assert [r["id"] for r in wrong] == [1, 3, 5, 7] and not any(r["truncated"] for r in wrong)
+    with pytest.raises(InputError, match="4 of 16 labels are wrong, .*parsed, or were cut off, do"):
+        run(label_noise, *argv, "--share", 0.5, "--out", tmp_path / "p.jsonl")
 
 
 # ---------------------------------------------------------------- nothing to learn
