@@ -65,6 +65,14 @@ def accepted_ids(comparisons, alpha):
     return {c["id"] for c in ranked[:accept_count(len(asked), alpha)] if c["prob_b"] > 0.5}
 
 
+def tied_at_the_cap(comparisons, accepted):
+    """How many proposals were refused at the lowest score that was accepted: only their ids, and
+    nothing of the judge's, set them apart."""
+    scores = {c["id"]: c["prob_b"] for c in comparisons if not c["agree"]}
+    least = min((scores[i] for i in accepted), default=None)
+    return sum(p == least for i, p in scores.items() if i not in accepted)
+
+
 def random_ids(labels, alpha, seed, round_):
     """The set of floor(alpha N) ids of N labels that naive replaces. It depends on the seed, the
     round and the ids, and not on the order of the labels."""
@@ -250,6 +258,9 @@ def write_refined(task, args):
         else:
             # ABLATION: which proposals replace their label
             accepted = accepted_ids(comparisons, args.max_replace)
+            if tied := tied_at_the_cap(comparisons, accepted):
+                print(f"note: {args.out}: {tied} proposals that were refused have the same score "
+                      "as one that was accepted: the first ids were taken")
     missing = [r["id"] for r in labels if r["id"] not in proposals]
     if missing:
         raise InputError(f"{' '.join(sources)}: id {missing[0]} of {args.labels} is missing")

@@ -207,8 +207,10 @@ def write_text(path, text):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.errno and not e.filename:   # a full disk names no file
+            raise OSError(e.errno, e.strerror, str(path)) from None
         raise
 
 

@@ -662,6 +662,22 @@ def test_caveats_are_those_of_the_run(run_folder, settings, said, unsaid):
     assert all(s in found for s in said) and not any(s in found for s in unsaid)
 
 
+def test_a_judge_that_learnt_nothing_is_a_caveat(run_folder):
+    path = run_folder / "seed_1/judge/model/judge.json"
+    judge = json.loads(path.read_text())
+    for accuracy, said in ((0.5, True), (0.51, False)):
+        write_json(path, {**judge, "held_out_accuracy": accuracy})
+        assert ("judge of seed 1 is right on 50%" in report(run_folder)) == said
+
+
+def test_answers_that_are_graded_alike_leave_no_interval(run_folder):
+    for seed in (0, 1):
+        shutil.copytree(run_folder / f"seed_{seed}/sft", run_folder / f"seed_{seed}/dpo_9")
+    text = report(run_folder)
+    assert "DPO (round 9) against SFT: every problem is graded alike" in text
+    assert "+0.0 (no problem is graded otherwise)" in text and "+0.0 to +0.0" not in text
+
+
 def test_supervision_by_seed_and_round(run_folder):
     for seed in (0, 1):
         for k in (1, 2):

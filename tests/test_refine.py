@@ -63,7 +63,10 @@ def test_ties_go_in_order_of_id():
     tied = [comparison(i, 0.8) for i in range(21)] + [comparison(50, 0.9), comparison(60, None)]
     random.Random(0).shuffle(tied)
     assert refine.accept_count(22, 0.15) == 4       # 21 - floor(17.85)
-    assert refine.accepted_ids(tied, 0.15) == {"p050", "p000", "p001", "p002"}
+    found = refine.accepted_ids(tied, 0.15)
+    assert found == {"p050", "p000", "p001", "p002"}
+    assert refine.tied_at_the_cap(tied, found) == 18
+    assert refine.tied_at_the_cap(tied, {"p050"}) == refine.tied_at_the_cap(tied, set()) == 0
 
 
 @pytest.fixture()
