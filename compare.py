@@ -14,8 +14,8 @@ decide when to stop, 10% for the accuracy that is reported.
 
 score: two completions of each problem -> comparisons. Each pair is asked in both orders:
 prob_b = (P(change | A, B) + 1 - P(change | B, A)) / 2, which is 0.5 for a judge that sees only
-the position. --judge is a judge folder, oracle (the references), human (a person at this
-terminal) or the URL of an OpenAI-compatible endpoint.
+the position. --judge is a judge folder, oracle (the references), simulated (the references with
+errors), human (a person at this terminal) or the URL of an OpenAI-compatible endpoint.
 
 Unlike the paper's release: the two orders really differ in every use, the stopping problems are
 not the reported ones, no problem is on both sides of a split, pairs are packed rather than judged
@@ -193,11 +193,12 @@ def score(args):
     folder = partial_path(__file__, args.out, {**vars(args), "asked": list(asked)},
                           [args.a, *(args.b or []), args.judge])
     results, more, cost = {}, {}, {}
-    if args.judge == "oracle":
+    if args.judge in ("oracle", "simulated"):
         for r in (r for _, *sides, _ in asked.values() for r in sides):
             check_fields(r, ("reference",), r.place)
         warm(task, [a for _, a, _, _ in asked.values()], [b for _, _, b, _ in asked.values()])
-        results = judge.ask_oracle(task, asked)
+        results = (judge.ask_oracle(task, asked) if args.judge == "oracle" else
+                   judge.ask_simulated(task, asked, args.judge_accuracy, args.seed))
     elif args.judge == "human":
         results, more = judge.ask_human(args, questions, folder)
     elif is_url(args.judge):
@@ -244,11 +245,15 @@ def check(args):
     if args.b and not hasattr(task, "agree") and not args.embedder:
         raise InputError(f"--task {args.task} compares answers by their embeddings: name an "
                          "--embedder")
-    if args.judge == "oracle" and not args.task:
-        raise InputError("--judge oracle needs --task, whose grades are its answers")
+    if args.judge in ("oracle", "simulated") and not args.task:
+        raise InputError(f"--judge {args.judge} needs --task, whose grades are its answers")
+    if (args.judge == "simulated") != (args.judge_accuracy is not None):
+        raise InputError("--judge simulated and --judge-accuracy go together")
+    if args.judge == "simulated" and args.judge_accuracy < 0.5:
+        raise InputError(f"--judge-accuracy {args.judge_accuracy}: expected 0.5 (a coin) to 1")
     if is_url(args.judge):
         Endpoint(args.judge, args.judge_model, "ILR_COMPARE")
-    if world() > 1 and (args.judge in ("oracle", "human") or is_url(args.judge)):
+    if world() > 1 and (args.judge in judge.NO_MODEL or is_url(args.judge)):
         raise InputError(f"--judge {args.judge} runs no model here: start it without torchrun")
 
 
@@ -285,13 +290,16 @@ def parser():
     add_training_flags(t, lr=1e-6, batch_size=16, epochs=5)
     s = commands.add_parser("score", help="two completions of each problem -> comparisons",
                             description=__doc__, formatter_class=p.formatter_class)
-    s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, human, or "
-                   "the URL of an OpenAI-compatible endpoint")
+    s.add_argument("--judge", required=True, help="folder of a trained judge, oracle, simulated, "
+                   "human, or the URL of an OpenAI-compatible endpoint")
+    s.add_argument("--judge-accuracy", type=share, help="for simulated: the share of pairs with "
+                   "one right side that it judges right")
     s.add_argument("--judge-model", help="model behind the URL, whose key is in ILR_COMPARE_KEY")
     s.add_argument("--seconds-per-pair", type=rate, default=60,
                    help="for human: a pair without an answer by then counts as 0.5")
     s.add_argument("--seed", type=whole, default=0,
-                   help="of the flips; for human, of the order of the pairs and of A and B")
+                   help="of the flips and of simulated errors; for human, of the order of the "
+                   "pairs and of A and B")
     s.add_argument("--flip-share", type=share, default=0,
                    help="turn this share of the judge's answers around, to study a worse judge")
     s.add_argument("--flip-kind", default="symmetric", choices=["symmetric", "systematic"],

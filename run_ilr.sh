@@ -92,8 +92,8 @@ compare() {    # compare A [B...]: the judge on pairs of A and B, or on A's samp
   shift
   stage "$name/compare" compare.py score --judge "$judge" --task "$TASK" --a "$a" ${1+--b "$@"} \
     --out "$dir/comparisons.jsonl" $scoring ${EMBEDDER:+--embedder "$EMBEDDER"} \
-    ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} --flip-share "$JUDGE_FLIPS" \
-    --flip-kind "$FLIP_KIND" --seconds-per-pair "$SECONDS_PER_PAIR"
+    ${JUDGE_MODEL:+--judge-model "$JUDGE_MODEL"} ${errs:+$errs --seed "$seed"} \
+    --flip-share "$JUDGE_FLIPS" --flip-kind "$FLIP_KIND" --seconds-per-pair "$SECONDS_PER_PAIR"
 }
 
 refine() {     # refine NAME METHOD OUT ALPHA FLAGS...: new labels, or pairs for DPO

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 from pathlib import Path
 
 from core.cli import short
@@ -18,6 +19,7 @@ from core.tokens import encode_completion, encode_prompt, open_tokenizer
 from core.unfinished import BatchLog
 
 CLASSES = ["keep A", "change to B"]
+NO_MODEL = ("oracle", "simulated", "human")        # judges that read no tokens
 
 
 # ---------------------------------------------------------------- what it reads
@@ -277,6 +279,28 @@ def ask_oracle(task, rows):
     for i, (_, a, b, _) in rows.items():
         a, b = task.grade(a), task.grade(b)
         p = 0.5 if a == b else float(b > a)
+        results[i] = (p, 1 - p)
+    return results
+
+
+def ask_simulated(task, rows, accuracy, seed):
+    """{key: (prob_b_ab, prob_b_ba)} of a judge with a known error; arguments as of `ask_oracle`.
+
+    The log-odds of B are normal with variance 1 (Thurstone 1927, case V); their mean is 0 where
+    both sides or none are right, else so far from it that a share `accuracy` of the pairs is judged
+    right. A pair of texts has one judgement, whichever stands first and however often it is asked.
+    """
+    normal, results = statistics.NormalDist(), {}
+    for i, (_, a, b, _) in rows.items():
+        better = task.grade(b) - task.grade(a)
+        one, two = a["completion"], b["completion"]
+        u = random.Random(dumps([seed, "simulated", a["id"], *sorted([one, two])])).random()
+        noise = normal.inv_cdf(min(max(u, 1e-16), 1 - 1e-16)) * (1 if one < two else -1)
+        if accuracy == 1 and better:
+            p = float(better > 0)
+        else:
+            mean = better * normal.inv_cdf(accuracy) if better else 0.0
+            p = 1 / (1 + math.exp(-mean - noise))
         results[i] = (p, 1 - p)
     return results
 

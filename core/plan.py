@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from core import settings
+from core.judge import NO_MODEL
 from core.records import InputError
 from core.sources import fingerprint, sources_of
 
@@ -33,7 +34,7 @@ class Stage:
         # a judge that is no model of ours needs no launcher
         judge = getattr(args, "judge", None) or ""
         self.needs_model = not self.light and not (
-            self.script == "compare.py" and judge.startswith(("oracle", "human", "http")))
+            self.script == "compare.py" and (judge in NO_MODEL or judge.startswith("http")))
         self.task = getattr(args, "task", None)
         self.reads = [path for path in paths_of(args) if path not in self.outs]
         if hasattr(args, "method") and self.script.startswith("baselines/"):

@@ -3,6 +3,8 @@
 
 accept=ilr     # the rule of refine.py by which a proposal replaces its label
 [ "$JUDGE" != oracle ] || accept=oracle
+errs=          # what tells a simulated judge how often it errs
+[ "$JUDGE" != simulated ] || errs="--judge-accuracy $JUDGE_ACCURACY"
 
 wants() { case " $METHODS " in *" $1 "*) ;; *) return 1 ;; esac; }
 

@@ -50,14 +50,14 @@ CHOSEN_LR=${CHOSEN_LR:-$SFT_LR}   # peak learning rate of SFT that goes on from 
 PROPOSING=${PROPOSING---num-beams 4}      # flags of generate.py where half-models propose
 
 # The judge
-JUDGE=${JUDGE:-trained}           # trained, oracle, human, or the URL of an endpoint
+JUDGE=${JUDGE:-trained}           # trained, oracle, simulated, human, or the URL of an endpoint
 JUDGE_MODEL=${JUDGE_MODEL:-}      # the model behind that URL
 JUDGE_LR=${JUDGE_LR:-1e-6}        # peak learning rate of the judge
 JUDGE_EPOCHS=${JUDGE_EPOCHS:-5}   # at most so many passes over its pairs
 JUDGE_BATCH=${JUDGE_BATCH:-16}    # examples a step; a pair is two
 JUDGE_OPTIMIZER=${JUDGE_OPTIMIZER:-auto}  # auto: 8-bit AdamW on CUDA
 JUDGE_WRONG=${JUDGE_WRONG:-1}     # training pairs with an incorrect sample, per problem
-JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}       # its training stops at this accuracy; 0: no such stop
+JUDGE_ACCURACY=${JUDGE_ACCURACY:-0}       # its training stops at this; simulated: it is this
 JUDGE_PARTS=${JUDGE_PARTS:-}      # categories, each with a weak model; empty: the weak checkpoints
 JUDGE_FLIPS=${JUDGE_FLIPS:-0}     # share of the judge's answers that are turned round
 FLIP_KIND=${FLIP_KIND:-symmetric} # symmetric: by chance; systematic: like problems err alike

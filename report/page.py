@@ -123,13 +123,16 @@ def dialed(settings):
     unused = set()
     if settings.get("LABEL_NOISE"):
         unused.add("WEAK_ACCURACY")
-    if settings.get("JUDGE", "trained") != "trained":
+    judge = settings.get("JUDGE", "trained")
+    if judge not in ("trained", "simulated"):
         unused.add("JUDGE_ACCURACY")
     found = []
     for key, what in (
             ("WEAK_ACCURACY",
              "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
-            ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"),
+            ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"
+             if judge == "trained" else "the judge is right on {:.0%} of the pairs with one right "
+             "side"),
             ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"),
             ("LABEL_NOISE",
              "{:.0%} of the demonstrations are made wrong, the others references")):
@@ -154,6 +157,7 @@ def caveats(data):
             ("TASK", "arithmetic", "All seeds share one pair of base models, trained here: no "
              "interval says anything of other base models."),
             ("JUDGE", "oracle", "The judge is an oracle, which reads the references."),
+            ("JUDGE", "simulated", "The judge is simulated: it reads the references, and errs."),
             ("CLEAN_START", "1",
              "Labels that are wrong by their references were dropped before SFT."),
             ("EVAL", "validation",

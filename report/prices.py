@@ -4,6 +4,7 @@ What a stage cost is written beside what it made: MODEL/price.json of a training
 of generated answers, comparisons.jsonl.summary of comparisons. A missing file or number leaves the
 column blank; nothing is guessed.
 """
+from core.judge import NO_MODEL
 from core.records import read_json
 from report.methods import METHODS, methods_of, rounds_of
 
@@ -26,7 +27,7 @@ def free_of(path, judge):
     """The numbers that work of this kind never has, {name: 0}. judge: the setting JUDGE."""
     if path.name == "comparisons.jsonl":
         names = ["generated_tokens", "trained_tokens", "trained_weights"]
-        if judge in ("oracle", "human"):            # they read no tokens
+        if judge in NO_MODEL:            # they read no tokens
             names += ["read_tokens", "weights"]
     elif path.suffix == ".jsonl":
         names = ["asked", "trained_tokens", "trained_weights"]

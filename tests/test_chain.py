@@ -352,10 +352,23 @@ def test_another_preference_loss(settings, flags, tmp_path):
         assert all(settings.get("DPO_FLAGS", "") in c for c in trained)
 
 
+def test_a_simulated_judge_is_told_how_often_it_errs(tmp_path):
+    done = call(tmp_path / "run", tmp_path / "bases", "--dry-run", SEEDS="0 1", JUDGE="simulated",
+                JUDGE_ACCURACY=0.7)
+    commands = commands_of(done)
+    check_order(commands, tmp_path)
+    for seed in (0, 1):
+        asked = [c for c in commands if " compare.py " in c and f"seed_{seed}/" in c]
+        assert len(asked) == 6      # of ILR and DPO
+        assert all("score --judge simulated " in c and f"--judge-accuracy 0.7 --seed {seed} " in c
+                   for c in asked)
+
+
 @pytest.mark.parametrize("settings", [
-    {"JUDGE": "oracle"}, {"JUDGE": "human"}, {"JUDGE": "http://h/v1", "JUDGE_MODEL": "m"},
-    {"JUDGE_FLIPS": 0.1}, {"METHODS": "spin"}, {"METHODS": "ilr dpo-coin"}],
-    ids=["oracle", "human", "url", "flips", "spin", "coin"])
+    {"JUDGE": "oracle"}, {"JUDGE": "simulated"}, {"JUDGE": "human"},
+    {"JUDGE": "http://h/v1", "JUDGE_MODEL": "m"}, {"JUDGE_FLIPS": 0.1}, {"METHODS": "spin"},
+    {"METHODS": "ilr dpo-coin"}],
+    ids=["oracle", "simulated", "human", "url", "flips", "spin", "coin"])
 def test_losses_that_know_the_judges_errors_need_a_judge_whose_errors_are_known(settings, tmp_path):
     refused = call(tmp_path / "run", tmp_path / "bases", DPO_LOSS="rdpo", **settings)
     assert refused.returncode == 2 and list(tmp_path.iterdir()) == []

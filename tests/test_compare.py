@@ -11,7 +11,14 @@ from transformers import AutoModelForSequenceClassification
 
 import compare
 from core.attention import separate
-from core.judge import average_orders, judge_logits, make_pairs, measure, three_splits
+from core.judge import (
+    ask_simulated,
+    average_orders,
+    judge_logits,
+    make_pairs,
+    measure,
+    three_splits,
+)
 from core.models import open_model
 from core.packing import pack
 from core.records import InputError, read_jsonl, write_json, write_jsonl
@@ -130,6 +137,31 @@ def test_oracle(two_files):
     write_jsonl(two_files / "bad.jsonl", [wrong(r, 2) for r in rows(two_files / "a.jsonl")])
     comparisons, summary = score("oracle", two_files, "bad.jsonl", "a.jsonl", "d.jsonl")
     assert [c["prob_b"] for c in comparisons[1:8:2]] == [0.5] * 4       # both wrong: no preference
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.6, 0.8, 0.95, 1.0])
+def test_a_simulated_judge_errs_as_often_as_it_is_told(accuracy):
+    """Of 4,000 pairs: within four standard deviations of a share."""
+    def record(i, right):
+        return {"id": i, "completion": f"{i}\n#### {7 if right else 8}", "reference": "7"}
+    n = 4000
+    one_right = {i: ({}, record(i, i % 2), record(i, 1 - i % 2), False) for i in range(n)}
+    alike = {i: ({}, record(i, i % 2), {**record(i, i % 2), "completion": f"so: #### {8 - i % 2}"},
+                 False) for i in range(n)}
+    found = ask_simulated(arithmetic, one_right, accuracy, 0)
+    right = sum((p > 0.5) == (i % 2 == 0) for i, (p, _) in found.items()) / n
+    assert abs(right - accuracy) <= 4 * (accuracy * (1 - accuracy) / n) ** 0.5
+    none = ask_simulated(arithmetic, alike, accuracy, 0)
+    assert abs(sum(p > 0.5 for p, _ in none.values()) / n - 0.5) < 4 * (0.25 / n) ** 0.5
+    # its log-odds, of B, have variance 1 around their mean; 0.09: four standard deviations
+    odds = [math.log(p / (1 - p)) for p, _ in none.values()]
+    assert abs(sum(x * x for x in odds) / n - 1) < 0.09
+    assert all(ab == pytest.approx(1 - ba) for ab, ba in found.values())
+    # the same judgement of the same texts, in whatever order they come; another one of a new seed
+    turned = {i: (key, b, a, same) for i, (key, a, b, same) in one_right.items()}
+    turned = ask_simulated(arithmetic, turned, accuracy, 0)
+    assert all(1 - p == pytest.approx(turned[i][0]) for i, (p, _) in found.items())
+    assert accuracy == 1 or found != ask_simulated(arithmetic, one_right, accuracy, 1)
 
 
 def test_calibration(problems):
@@ -433,6 +465,11 @@ def test_interrupted_training_continues_byte_for_byte(train_argv, tmp_path, monk
      "there is no tasks/nothing.py"),
     (["score", "--judge", "oracle", "--task", "nothing", "--a", "x", "--b", "y"],
      "there is no tasks/nothing.py"),
+    (["score", "--judge", "simulated", "--task", "arithmetic", "--a", "x"], "go together"),
+    (["score", "--judge", "oracle", "--judge-accuracy", "0.7", "--task", "arithmetic", "--a", "x"],
+     "go together"),
+    (["score", "--judge", "simulated", "--judge-accuracy", "0.4", "--task", "arithmetic", "--a",
+      "x"], "expected 0.5 .a coin. to 1"),
     (["score", "--judge", "x", "--task", "saferpaca", "--a", "x", "--b", "y"],
      "name an --embedder"),
     (["score", "--judge", "http://localhost:1/v1", "--task", "arithmetic", "--a", "x"],
@@ -445,10 +482,12 @@ def test_what_the_arguments_alone_tell(argv, message):
 
 
 @pytest.mark.parametrize("judge, run_by_many", [
-    ("folder", True), ("oracle", False), ("human", False), ("http://localhost:1/v1", False)])
+    ("folder", True), ("oracle", False), ("simulated", False), ("human", False),
+    ("http://localhost:1/v1", False)])
 def test_judges_that_need_one_process(judge, run_by_many, monkeypatch):
     monkeypatch.setattr(compare, "world", lambda: 2)
-    args = compare.parser().parse_args(["score", "--judge", judge, "--judge-model", "m",
+    accuracy = ["--judge-accuracy", "0.7"] if judge == "simulated" else []
+    args = compare.parser().parse_args(["score", "--judge", judge, "--judge-model", "m", *accuracy,
                                         "--task", "arithmetic", "--a", "x", "--out", "y"])
     if run_by_many:
         return compare.check(args)
