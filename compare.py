@@ -32,7 +32,7 @@ from core.memory import attempts, check_memory
 from core.models import add_device_flags, open_model, pick_device, pick_dtype, save_model
 from core.optimizers import apply_gradients, cosine_lr, make_optimizers
 from core.packing import pack
-from core.records import InputError, check_fields, cut_off, write_json, write_jsonl
+from core.records import InputError, check_fields, marks, write_json, write_jsonl
 from core.tokens import open_tokenizer
 from core.training import Training, add_training_flags
 from core.unfinished import finished, partial_path, refuse_existing
@@ -194,9 +194,10 @@ def score(args):
                           [args.a, *(args.b or []), args.judge])
     results, more, cost = {}, {}, {}
     if args.judge in ("oracle", "simulated"):
-        for r in (r for _, *sides, _ in asked.values() for r in sides):
+        sides = [r for _, a, b, _ in asked.values() for r in (a, b)]
+        for r in sides:
             check_fields(r, ("reference",), r.place)
-        warm(task, [a for _, a, _, _ in asked.values()], [b for _, _, b, _ in asked.values()])
+        warm(task, sides)
         results = (judge.ask_oracle(task, asked) if args.judge == "oracle" else
                    judge.ask_simulated(task, asked, args.judge_accuracy, args.seed))
     elif args.judge == "human":
@@ -215,7 +216,8 @@ def score(args):
             ab, ba = 1 - ab, 1 - ba
         comparisons.append({
             **key, "prompt": a["prompt"], "completion_a": a["completion"],
-            "completion_b": b["completion"], **cut_off(truncated_a=a, truncated_b=b),
+            "completion_b": b["completion"],
+            **marks(truncated_a=a.get("truncated"), truncated_b=b.get("truncated")),
             **fields_for_grading(task, a), "agree": agree,
             "prob_b_ab": ab, "prob_b_ba": ba,
             "prob_b": None if agree else judge.average_orders(ab, ba), **more.get(i, {})})

@@ -35,6 +35,7 @@ from core.cli import make_parser, run_stage, share, whole
 from core.records import (
     InputError,
     dumps,
+    marks,
     read_by_id,
     read_jsonl,
     same_prompt,
@@ -124,8 +125,8 @@ def preference_pairs(comparisons, alpha, seed):
         chosen, rejected, prob = "a", "b", 1 - c["prob_b"]
         if c["prob_b"] > 0.5:
             chosen, rejected, prob = rejected, chosen, c["prob_b"]
-        cut = {f"{name}_truncated": True for name, side in (("chosen", chosen),
-               ("rejected", rejected)) if c.get(f"truncated_{side}")}
+        cut = marks(chosen_truncated=c.get(f"truncated_{chosen}"),
+                    rejected_truncated=c.get(f"truncated_{rejected}"))
         more = {k: v for k, v in c.items() if k not in JUDGED}
         pairs.append({"id": c["id"], "pair": c.get("pair", 0), "prompt": c["prompt"],
                       "chosen": c[f"completion_{chosen}"], "rejected": c[f"completion_{rejected}"],

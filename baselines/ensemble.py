@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import main
-from core.records import InputError, cut_off
+from core.records import InputError, marks
 from tasks import get_task, warm
 
 NAME = "ensemble"
@@ -47,7 +47,7 @@ def make(args, problems, *samples):
     for r in problems:
         best = max(groups_of[r["id"]], key=len)
         rows.append({**r, "completion": best[0]["completion"], "source": "vote",
-                     **cut_off(truncated=best[0]), "votes": len(best)})
+                     **marks(truncated=best[0].get("truncated")), "votes": len(best)})
     return rows
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import main
-from core.records import cut_off
+from core.records import marks
 from refine import preference_pairs
 
 NAME = "SFT-chosen"
@@ -28,7 +28,7 @@ def reads(seed_dir, k, start):
 def make(args, comparisons):
     pairs = preference_pairs(comparisons, args.dpo_alpha, args.seed)
     return [{**p, "id": f"{p['id']} pair {p['pair']}", "completion": p["chosen"],
-             **cut_off(truncated={"truncated": p.get("chosen_truncated")})} for p in pairs]
+             **marks(truncated=p.get("chosen_truncated"))} for p in pairs]
 
 
 def price(k):

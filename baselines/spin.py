@@ -12,7 +12,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import main
-from core.records import cut_off
+from core.records import marks
 
 NAME = "SPIN"
 WHAT = "DPO of the demonstration over the policy's own sample, no comparisons (arXiv 2401.01335)"
@@ -34,7 +34,8 @@ def make(args, labels, samples):
         if r["completion"] != label["completion"]:
             pairs.append({"id": r["id"], "pair": r.get("sample", 0), "prompt": r["prompt"],
                           "chosen": label["completion"], "rejected": r["completion"],
-                          **cut_off(chosen_truncated=label, rejected_truncated=r)})
+                          **marks(chosen_truncated=label.get("truncated"),
+                                  rejected_truncated=r.get("truncated"))})
     return pairs
 
 

@@ -177,10 +177,10 @@ def complete(records, flag, what):
     return kept
 
 
-def cut_off(**records):
-    """{name: True} of those records whose completion was cut off: the fields that carry `truncated`
-    on where a record holds two completions."""
-    return {name: True for name, record in records.items() if record.get("truncated")}
+def marks(**flags):
+    """{name: True} of those flags that are true: marks of completions that were cut off, which are
+    written only where they hold."""
+    return {name: True for name, flag in flags.items() if flag}
 
 
 def dumps(record):
