@@ -1,0 +1,176 @@
+"""What benchmarks/why.py measures of one seed of a run: lengths, errors, labels and accuracies.
+
+A length is the number of lines that are neither empty nor the answer (####): the calculations, in
+the default task.
+"""
+import re
+
+from core.records import InputError, read_json, read_jsonl
+from report.collect import seed_folders
+from tasks import TASKS, get_task, may_grade
+
+STARTS = ("noise", "clean", "weak")         # whose labels SFT trains on: the first that is there
+# how a label is wrong: the first that holds, by its calculations and the reference solution's
+KINDS = ("cannot be parsed", "too few steps", "too many steps", "wrong arithmetic",
+         "another number or operation")
+
+
+# ---------------------------------------------------------------- reading a seed
+def open_run(path):
+    """(name of the task, EVAL, {seed: folder}) of a run. InputError for what is none."""
+    settings, seeds = read_json(path / "config.json").get("settings", {}), seed_folders(path)
+    if settings.get("TASK") not in TASKS or not seeds:
+        raise InputError(f"{path}: no run folder: expected a config.json and folders seed_*")
+    return settings["TASK"], settings.get("EVAL", "test"), seeds
+
+
+def read(path, *fields):
+    return read_jsonl(path, fields, ()) if path.exists() else []
+
+
+def rounds(folder, method):
+    """[(round, folder)] of a method, in order."""
+    found = [(p.name.rpartition("_")[2], p) for p in folder.glob(f"{method}_*")]
+    return sorted((int(k), p) for k, p in found if k.isdigit() and p.name == f"{method}_{k}")
+
+
+def labels_of(folder, method):
+    """[(point, folder of its labels)] of SFT, which is round 0, and of a method's rounds."""
+    start = next((s for s in STARTS if (folder / s / "labels.jsonl").exists()), "weak")
+    return [("sft", folder / start), *((p.name, p) for _, p in rounds(folder, method))]
+
+
+def asked(folder, method):
+    """[(record, A, B, prob_b)] of what the judge was asked in all rounds of a method."""
+    fields = ("id", "completion_a", "completion_b", "agree", "prob_b")
+    return [(c, c["completion_a"], c["completion_b"], c["prob_b"])
+            for _, at in rounds(folder, method)
+            for c in read(at / "comparisons.jsonl", *fields) if not c["agree"]]
+
+
+def replaced(folder, method):
+    """[(record, old label, new label, prob_b or None)] of the labels that a method replaced."""
+    (_, start), *later = labels_of(folder, method)
+    found, before = [], read(start / "labels.jsonl", "id", "completion")
+    for _, at in later:
+        old = {r["id"]: r["completion"] for r in before}
+        before = read(at / "labels.jsonl", "id", "completion", "accepted")
+        found += [(r, old[r["id"]], r["completion"], r.get("prob_b")) for r in before
+                  if r["accepted"] and r["id"] in old]
+    return found
+
+
+def grades(task, pairs):
+    """[(whether the first text is right, whether the second is)] of (record, text, text, ...);
+    [] where the task may not grade them."""
+    sides = [[{**p[0], "completion": p[k]} for p in pairs] for k in (1, 2)]
+    if not pairs or not may_grade(task, *sides):
+        return []
+    return [tuple(task.grade(r) > 0.5 for r in both) for both in zip(*sides, strict=True)]
+
+
+# ---------------------------------------------------------------- what is measured of a seed
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
+def calculations(text):
+    lines = map(str.strip, text.split("\n"))
+    return [line for line in lines if line and not line.startswith("####")]
+
+
+def length(text):
+    return len(calculations(text))
+
+
+def preference(task, pairs):
+    """Shares, by name, of those of `asked` whose sides differ in length."""
+    one, rest = [], []          # one right side: (judge prefers the longer, the longer is right)
+    for (_, a, b, p), (right_a, right_b) in zip(pairs, grades(task, pairs), strict=False):
+        if length(a) != length(b):
+            b_longer = length(b) > length(a)
+            longer = 0.5 if p == 0.5 else float((p > 0.5) == b_longer)
+            if right_a == right_b:
+                rest.append(longer)
+            else:
+                one.append((longer, right_b == b_longer))
+    return {"prefers": mean(p for p, _ in one), "right": mean(right for _, right in one),
+            "excess": mean(p - right for p, right in one),
+            "if_longer": mean(p for p, right in one if right),
+            "if_shorter": mean(1 - p for p, right in one if not right),
+            "rest": mean(rest), "pairs": (len(one), len(rest))}
+
+
+def lines_and_accuracy(folder, questions):
+    """{lines and accuracy: {point: mean}} of the first training's answers; among the lines also
+    those of the references, and of what DPO chose and rejected in all rounds."""
+    found = {"lines": {}, "accuracy": {}}
+
+    def count(name, rows, field="completion"):
+        if rows:
+            found["lines"][name] = mean(length(r[field]) for r in rows)
+    count("references", read(questions, "completion"))
+    for point in [folder / "sft", *(p for m in ("dpo", "ilr") for _, p in rounds(folder, m))]:
+        if rows := read(point / "eval_1.graded.jsonl", "completion", "correct"):
+            count(point.name, rows)
+            found["accuracy"][point.name] = 100 * mean(r["correct"] for r in rows)
+    pairs = [r for _, p in rounds(folder, "dpo")
+             for r in read(p / "preferences.jsonl", "chosen", "rejected")]
+    count("chosen", pairs, "chosen")
+    count("rejected", pairs, "rejected")
+    return found
+
+
+def error_kind(task, text, solution):
+    """Which of KINDS an arithmetic label is that is known to be wrong."""
+    steps, more = calculations(text), length(text) - length(solution)
+    if not task.is_well_formed(text) or more:
+        return KINDS[2 if more > 0 else 1] if task.is_well_formed(text) else KINDS[0]
+    for line in steps:
+        match = re.fullmatch(r"(\d{1,9})([-+*/])(\d{1,9})=(\d{1,9})", line)
+        a, b, c = (int(match[k]) for k in (1, 3, 4)) if match else (0, 0, 1)
+        found = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if b else None}
+        if not match or found[match[2]] != c:
+            return KINDS[3]
+    last = steps[-1].rpartition("=")[2] if steps else None      # the answer must be its result
+    return KINDS[4] if steps and task.final_answer(text) == int(last) else KINDS[3]
+
+
+def changes(task, name, pairs, solutions):
+    """[{change, kind, score, longer}] of (record, old label, new label, prob_b or None)."""
+    words, found = ("wrong", "right"), []
+    for (r, old, new, score), (a, b) in zip(pairs, grades(task, pairs), strict=False):
+        kind = "right" if b else ""
+        if not b and name == "arithmetic" and r["id"] in solutions:
+            kind = error_kind(task, new, solutions[r["id"]])
+        found.append({"change": f"{words[a]} to {words[b]}", "kind": kind, "score": score,
+                      "longer": length(new) > length(old)})
+    return found
+
+
+def carried(folder):
+    """{point: (labels right, test problems right)} in percent, of the first training."""
+    found = {}
+    for name, at in [*labels_of(folder, "ilr"), *labels_of(folder, "naive"), ("gold", None)]:
+        labels = read(at / "labels.graded.jsonl", "correct") if at else [{"correct": 1}]
+        tests = read(folder / name / "eval_1.graded.jsonl", "correct")
+        if labels and tests:
+            found[name] = tuple(100 * mean(r["correct"] for r in rows) for rows in (labels, tests))
+    return found
+
+
+def measure(run, path):
+    """Everything that one run says: a dict for each seed."""
+    name, questions, seeds = open_run(path)
+    task = get_task(name)
+    for seed, folder in seeds.items():
+        unlab = read(folder / "data/unlab.jsonl", "id", "completion")
+        solutions = {r["id"]: r["completion"] for r in unlab}
+        labels = {"ilr": replaced(folder, "ilr"), "chance": asked(folder, "ilr"),
+                  "naive": replaced(folder, "naive")}
+        yield {"run": run, "seed": seed,
+               "judge": {m: preference(task, asked(folder, m)) for m in ("ilr", "dpo")},
+               **lines_and_accuracy(folder, folder / f"data/{questions}.jsonl"),
+               "labels": {s: changes(task, name, p, solutions) for s, p in labels.items()},
+               "carried": carried(folder)}

@@ -1,0 +1,243 @@
+"""The map: where ILR wins and where DPO would, by the accuracy of labels and of the judge.
+
+    python benchmarks/make_map.py --labels weak-0.45 --judge 0.8    # one cell
+    python benchmarks/make_map.py                       # every cell, one pair after the other
+    python benchmarks/make_map.py --draw --trained runs/headline/pair_*/test
+
+A cell is a level of label accuracy and one of a simulated judge's. It has a run for each pair of
+base models, on a seed of its own: ILR, DPO and naive ILR, with the learning rate of DPO that
+benchmarks/headline.py chose for the pair. Runs of one pair share what the judge does not change.
+Complete runs are skipped, and one that was cut off goes on. After each run its numbers are put into
+results/map.json, and map.md and map.png are made of that file, which needs no run folder any more.
+
+An interval is Student's over the pairs. A sign is established where it excludes 0.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+from _bench import ROOT, about, in_words, save
+from headline import ROUNDS, run
+
+from core.records import read_json, read_jsonl
+from report.collect import collect
+from report.figures import as_shipped
+from report.prices import prices, within
+from report.statistics import mean_interval
+from report.tables import table
+
+# labels that are right less often to more often: an earlier or later checkpoint's, or references
+# among which the weak model's own errors are strewn
+LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
+          "weak-0.45": {"WEAK_ACCURACY": "0.45"},
+          "noise-0.2": {"LABEL_NOISE": "0.2", "FLIP_KIND": "systematic"}}
+JUDGES = ("0.5", "0.65", "0.8", "0.95")
+PAIRS = (0, 1, 2, 3)
+FIRST_SEED = 40                     # pair 0 has 40, pair 1 has 41, ...
+# (title, what gains, what it gains on); dpo_equal: DPO's last round that asks for no more
+# comparisons than ILR's last, but at least its first
+LAST = [("ILR - DPO", "ilr", "dpo"), ("ILR - naive", "ilr", "naive"), ("DPO - SFT", "dpo", "sft")]
+EQUAL = [("ILR - DPO", "ilr", "dpo_equal"), ("ILR - SFT", "ilr", "sft"),
+         ("DPO - SFT", "dpo_equal", "sft")]
+
+
+# ---------------------------------------------------------------- runs
+def make(args, labels, judge, pair):
+    """The run of a cell and pair; returns its folder."""
+    out = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
+    rate = read_json(args.headline / f"pair_{pair}" / "dpo_lr.json").get("chosen")
+    if not rate:
+        sys.exit(f"{args.headline}: no dpo_lr.json of pair {pair} (benchmarks/headline.py first)")
+    if not (out / "report.json").exists():
+        # of runs of this pair the nearest: the same labels, else any
+        others = [*sorted(args.work.glob(f"{labels}/*/pair_{pair}/report.json")),
+                  *sorted(args.work.glob(f"*/*/pair_{pair}/report.json"))]
+        source = {"FROM": str(others[0].parent)} if others else {}
+        run(out, JUDGE="simulated", JUDGE_ACCURACY=judge, **LABELS[labels], BASE_SEED=str(pair),
+            SEEDS=str(FIRST_SEED + pair), METHODS="ilr dpo naive", ROUNDS=str(ROUNDS),
+            DPO_LR=rate, **source)
+    return out
+
+
+def numbers(folder, seed):
+    """What a seed of a run says, in percent, and what it cost; {} where a last round is missing."""
+    data = collect(folder)
+    costs, tests = prices(data), data["tests"]
+    last = {m: f"{m}_{ROUNDS}" for m in ("ilr", "dpo", "naive")}
+    if any(seed not in tests.get(p, {}) for p in ("sft", *last.values())):
+        return {}
+
+    def accuracy(point):
+        return round(100 * tests[point][seed][0], 2)
+
+    equal = max(1, within(data, costs, "dpo", "asked", costs[last["ilr"]]["asked"]))
+    start = "noise" if "noise" in data["labels"] else "weak"
+    rows = read_jsonl(folder / "stages.jsonl", ("stage",), ())
+    return {"label_accuracy": round(100 * data["labels"][start][seed][0], 2),
+            "judge_ilr": right_on(data, "ilr_1", seed), "judge_dpo": right_on(data, "dpo_1", seed),
+            "sft": accuracy("sft"), **{m: accuracy(p) for m, p in last.items()},
+            "dpo_equal": accuracy(f"dpo_{equal}"), "dpo_equal_round": equal,
+            "asked_ilr": costs[last["ilr"]]["asked"], "asked_dpo": costs[last["dpo"]]["asked"],
+            "dpo_lr": data["settings"]["DPO_LR"],
+            "commit": (read_json(folder / "config.json").get("commit") or "")[:7],
+            "cpu_seconds": round(sum(r.get("cpu_seconds") or 0 for r in rows
+                                     if r["stage"] != "whole run"))}
+
+
+def right_on(data, point, seed):
+    """The share of the pairs with one right side on which the judge was right, in percent."""
+    share = data["comparisons"].get(point, {}).get(seed, {}).get("accuracy")
+    return None if share is None else round(100 * share, 1)
+
+
+# ---------------------------------------------------------------- the table
+def gains(cell, a, b):
+    """(mean, half width or None, established) of a - b over the pairs of a cell, in points."""
+    mean, half = mean_interval([found[a] - found[b] for found in cell.values()])
+    return mean, half, half is not None and abs(mean) > half
+
+
+def cells_of(found):
+    """[(labels, judge, the cell)] of the cells that have a run, in order."""
+    return [(labels, judge, found["cells"][f"{labels} {judge}"]) for labels in LABELS
+            for judge in JUDGES if found["cells"].get(f"{labels} {judge}")]
+
+
+def mean_of(cells, key):
+    values = [one[key] for cell in cells for one in cell.values()]
+    return sum(values) / len(values)
+
+
+def as_text(found):
+    """map.md."""
+    rows = []
+    for labels, judge, cell in cells_of(found):
+        differences = []
+        for _, a, b in (*LAST, EQUAL[0], EQUAL[2]):
+            mean, half, established = gains(cell, a, b)
+            text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+            differences.append(f"**{text}**" if established else text)
+        means = [f"{mean_of([cell], key):.1f}" for key in ("label_accuracy", "sft", "ilr", "dpo",
+                                                         "naive")]
+        rows.append([labels, judge, len(cell), *means, *differences])
+    headings = ["labels", "judge", "pairs", "labels right", "SFT", "ILR", "DPO", "naive",
+                *(name for name, *_ in LAST), "ILR - DPO, equal comparisons",
+                "DPO - SFT, equal comparisons"]
+    seconds = sum(one["cpu_seconds"] for cell in found["cells"].values() for one in cell.values())
+    return "\n".join([
+        "# The map\n", table(headings, rows),
+        f"Test accuracy in percent after {ROUNDS} rounds, means over pairs of base models; ± is "
+        "Student's 95% interval over the pairs, bold where it excludes 0. Equal comparisons: DPO's "
+        "last round that asks for no more comparisons than ILR's last, but at least its first. "
+        "weak-A: the checkpoint whose samples come nearest to A demonstrates; noise-S: references, "
+        "a share S of them replaced by the weak model's own wrong answers. The judge is simulated "
+        "and right with the stated probability on pairs with one right side.\n",
+        f"{sum(map(len, found['cells'].values()))} runs, {seconds / 3600:.1f} CPU-hours; what a "
+        "run takes over from another is counted once.\n", in_words(found["about"])])
+
+
+# ---------------------------------------------------------------- the figure
+def edges(levels, low, high):
+    """Borders of cells around ascending levels, half way between two."""
+    between = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+    return [max(low, 1.5 * levels[0] - levels[1] / 2) if len(levels) > 1 else low, *between,
+            min(high, 1.5 * levels[-1] - levels[-2] / 2) if len(levels) > 1 else high]
+
+
+def panel(axes, found, title, a, b, limit):
+    """One difference over both axes. Returns what the colour bar needs."""
+    from matplotlib.patches import Rectangle
+    levels = list(dict.fromkeys(labels for labels, _, _ in cells_of(found)))
+    heights = [mean_of([cell for labels, _, cell in cells_of(found) if labels == level],
+                       "label_accuracy") for level in levels]
+    x = edges([100 * float(judge) for judge in JUDGES], 42.5, 102.5)
+    y = edges(heights, 0, 100)
+    colors = {"cmap": "RdBu", "vmin": -limit, "vmax": limit}
+    for labels, judge, cell in cells_of(found):
+        i, j = JUDGES.index(judge), levels.index(labels)
+        mean, _, established = gains(cell, a, b)
+        axes.pcolormesh(x[i:i + 2], y[j:j + 2], [[mean]], **colors)
+        if not established:
+            axes.add_patch(Rectangle((x[i], y[j]), x[i + 1] - x[i], y[j + 1] - y[j], hatch="////",
+                                     fill=False, ec="0.45", lw=0))
+        axes.text((x[i] + x[i + 1]) / 2, y[j + 1] - 1.5, f"{mean:+.1f}", ha="center", va="top",
+                  fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 1.2})
+    shown = [t for t in found["trained"] if t["judge_ilr"] is not None]
+    axes.scatter([t["judge_ilr"] for t in shown], [t["label_accuracy"] for t in shown],
+                 c=[t[a] - t[b] for t in shown], ec="black", s=42, zorder=5, **colors)
+    axes.set(title=title, xlim=(x[0], x[-1]), ylim=(y[0], y[-1]))
+    axes.set_xticks([100 * float(judge) for judge in JUDGES])
+
+
+@as_shipped()
+def draw(found, path):
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    figure = Figure(layout="constrained", figsize=(12, 7.4))
+    axes = figure.subplots(2, 3, sharex=True, sharey=True)
+    panels = [(f"{name}, after {ROUNDS} rounds", a, b) for name, a, b in LAST]
+    panels += [(f"{name}, equal comparisons" if "dpo_equal" in (a, b)
+                else f"{name}, after {ROUNDS} rounds", a, b) for name, a, b in EQUAL]
+    sizes = [abs(gains(cell, a, b)[0]) for _, _, cell in cells_of(found) for _, a, b in panels]
+    limit = max(5, *sizes)
+    for one, (title, a, b) in zip(axes.flat, panels, strict=True):
+        panel(one, found, title, a, b, limit)
+    for one in axes[1]:
+        one.set_xlabel("judge right on pairs with one right side (%)")
+    for one in axes[:, 0]:
+        one.set_ylabel("labels right (%)")
+    figure.colorbar(ScalarMappable(Normalize(-limit, limit), "RdBu"), ax=axes, shrink=0.7,
+                    label="points of test accuracy")
+    dots = "; dots: trained judges, a seed each, at their accuracy on ILR's pairs"
+    figure.suptitle("Where ILR wins, and where DPO would (hatched: sign not established"
+                    f"{dots if found['trained'] else ''})", fontsize=12)
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+# ---------------------------------------------------------------- command line
+def write(args, found):
+    found["about"] = about()
+    save(args.out.resolve(), as_text(found), found, indent=1)
+    draw(found, f"{args.out}.png")
+
+
+def main(args):
+    path = Path(f"{args.out}.json")
+    found = {"about": {}, "cells": {}, "trained": [], **read_json(path)}
+    for folder in args.trained:
+        for seed in collect(folder)["seeds"]:
+            new = {"run": f"{folder.parent.name}/{folder.name}", "seed": seed,
+                   **numbers(folder, seed)}
+            found["trained"] = [t for t in found["trained"]
+                                if (t["run"], t["seed"]) != (new["run"], seed)] + [new]
+    for pair in () if args.draw else args.pairs:
+        for labels in args.labels or LABELS:
+            for judge in args.judge or JUDGES:
+                folder = make(args, labels, judge, pair)
+                cell = found["cells"].setdefault(f"{labels} {judge}", {})
+                cell[str(pair)] = numbers(folder, FIRST_SEED + pair)
+                write(args, found)
+    write(args, found)
+    print(as_text(found))
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--labels", nargs="+", choices=LABELS, help="default: every level")
+    p.add_argument("--judge", nargs="+", choices=JUDGES, help="default: every level")
+    p.add_argument("--pairs", nargs="+", type=int, default=PAIRS, help="BASE_SEED of each")
+    p.add_argument("--work", type=Path, default=ROOT / "runs/map", help="folder of the runs, kept")
+    p.add_argument("--headline", type=Path, default=ROOT / "runs/headline",
+                   help="where benchmarks/headline.py has its pairs")
+    p.add_argument("--trained", type=Path, nargs="+", default=[],
+                   help="runs with trained judges, to lay over the figure")
+    p.add_argument("--draw", action="store_true", help="make no run, only the table and figure")
+    p.add_argument("--out", type=Path, default=ROOT / "results/map",
+                   help="names of the results, without .json, .md and .png")
+    return p
+
+
+if __name__ == "__main__":
+    main(parser().parse_args())

@@ -1,0 +1,127 @@
+"""benchmarks/headline.py, make_map.py: how DPO's learning rate is chosen; the map's cells."""
+import json
+import os
+import sys
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import headline  # noqa: E402
+import make_map  # noqa: E402
+
+from core.records import write_json, write_jsonl  # noqa: E402
+
+
+# ---------------------------------------------------------------- DPO's learning rate
+def swept(tmp_path, monkeypatch, accuracy):
+    """The rates tried in order, and the one chosen, where accuracy(rate) is DPO's."""
+    tried = []
+
+    def run(out, **settings):
+        assert settings["EVAL"] == "validation" and settings["BASE_SEED"] == "3"
+        assert ("FROM" in settings) == bool(tried)
+        tried.append(settings["DPO_LR"])
+        shares = [accuracy(float(settings["DPO_LR"]))]
+        write_json(out / "report.json", {"tests": {"dpo_3": {"110": shares, "111": shares}}})
+    monkeypatch.setattr(headline, "run", run)
+    return tried, headline.best(headline.sweep(tmp_path, 3))
+
+
+@pytest.mark.parametrize("peak, tried, chosen", [
+    (1e-5, ["3e-6", "1e-5", "3e-5"], "1e-5"),
+    (3e-5, ["3e-6", "1e-5", "3e-5", "1e-4"], "3e-5"),
+    (1.0, ["3e-6", "1e-5", "3e-5", "1e-4", "3e-4"], "3e-4"),     # no more rates on the ladder
+    (3e-6, ["3e-6", "1e-5", "3e-5", "1e-6"], "3e-6"),
+    (1e-9, ["3e-6", "1e-5", "3e-5", "1e-6", "3e-7"], "3e-7")])
+def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path, monkeypatch, peak, tried, chosen):
+    import math
+    found = swept(tmp_path, monkeypatch, lambda rate: -abs(math.log(rate / peak)))
+    assert found == (tried, chosen)
+
+
+def test_of_equal_rates_the_lowest_is_taken(tmp_path, monkeypatch):
+    _, chosen = swept(tmp_path, monkeypatch, lambda rate: 0.5)
+    assert chosen == headline.LADDER[0]      # and the lowest is always at an end
+
+
+def test_no_two_pairs_share_a_seed_and_none_was_used_before():
+    seeds = [headline.FIRST_SEED + headline.SEEDS_PER_PAIR * pair + k
+             for pair in range(6) for k in range(headline.SEEDS_PER_PAIR)]
+    seeds += [make_map.FIRST_SEED + pair for pair in range(6)]
+    assert len(set(seeds)) == len(seeds) and min(seeds) > 12
+    assert not {*map(int, headline.VALIDATION.split())} & {*seeds}
+
+
+# ---------------------------------------------------------------- the map
+ACCURACY = {"sft": 6, "ilr_3": 9, "naive_3": 7, "dpo_1": 5, "dpo_2": 4, "dpo_3": 3}    # of 10
+ASKED = {"ilr_1": 200, "ilr_2": 200, "ilr_3": 200, "dpo_1": 250, "dpo_2": 300, "dpo_3": 300}
+
+
+def a_run(folder, asked=None):
+    """A run folder of one seed, 40, with these accuracies and prices."""
+    seed = folder / "seed_40"
+    for point in [*ACCURACY, "ilr_1", "ilr_2", "naive_1", "naive_2"]:
+        right = ACCURACY.get(point, 6)
+        write_jsonl(seed / point / "eval_1.graded.jsonl",
+                    [{"id": i, "completion": "", "correct": float(i < right)} for i in range(10)])
+    for point, count in (asked or ASKED).items():
+        write_json(seed / point / "comparisons.jsonl.summary", {"asked": count, "accuracy": 0.81})
+    write_jsonl(seed / "weak/labels.graded.jsonl",
+                [{"id": i, "correct": float(i < 5)} for i in range(10)])
+    write_json(folder / "config.json", {"commit": "abcdef012345", "settings": {
+        "TASK": "arithmetic", "JUDGE": "simulated", "DPO_LR": "1e-5"}})
+    write_jsonl(folder / "stages.jsonl", [{"stage": "a", "cpu_seconds": 2.0},
+                                          {"stage": "whole run", "cpu_seconds": 5.0}])
+
+
+@pytest.mark.parametrize("first, expected", [
+    (250, (2, 40.0)),       # 250 + 300 of ILR's 600
+    (601, (1, 50.0))])      # not even one round: it gets that round
+def test_the_numbers_of_a_run(tmp_path, first, expected):
+    a_run(tmp_path, {**ASKED, "dpo_1": first})
+    found = make_map.numbers(tmp_path, 40)
+    assert found["label_accuracy"] == 50 and found["judge_ilr"] == 81
+    assert (found["sft"], found["ilr"], found["naive"], found["dpo"]) == (60, 90, 70, 30)
+    assert (found["dpo_equal_round"], found["dpo_equal"]) == expected
+    assert found["asked_ilr"] == 600 and found["asked_dpo"] == 600 + first
+    assert found["commit"] == "abcdef0" and found["cpu_seconds"] == 2
+
+
+def a_map():
+    """A map of one cell: ILR minus DPO is 1, 2 and 3, DPO minus SFT -1, 0 and 4."""
+    cell = {str(pair): {"label_accuracy": 55, "judge_ilr": 80.0, "sft": 60, "dpo": 60 + gain,
+                        "ilr": 60 + gain + lead, "naive": 60, "dpo_equal": 60, "cpu_seconds": 1800}
+            for pair, (lead, gain) in enumerate([(1, -1), (2, 0), (3, 4)])}
+    return {"cells": {"weak-0.45 0.8": cell}, "trained": [], "about": {"commit": "c"}}
+
+
+def test_a_sign_is_established_where_the_interval_excludes_0():
+    cell = a_map()["cells"]["weak-0.45 0.8"]
+    # by hand: 1, 2, 3 have a standard deviation of 1, t(2) = 4.303: 2.484 over sqrt(3)
+    assert make_map.gains(cell, "ilr", "dpo") == (2, pytest.approx(2.484, abs=1e-3), False)
+    del cell["0"]
+    cell["1"]["dpo"], cell["1"]["ilr"] = 60, 63         # 3 and 3: no scatter
+    assert make_map.gains(cell, "ilr", "dpo")[2]
+    del cell["1"]
+    assert make_map.gains(cell, "ilr", "dpo") == (3, None, False)       # one pair: never
+
+
+def test_the_map_grows_and_needs_no_run_folders(tmp_path, monkeypatch):
+    a_run(tmp_path / "run")
+    monkeypatch.setattr(make_map, "make", lambda args, labels, judge, pair: tmp_path / "run")
+    write_json(tmp_path / "map.json", a_map())
+    monkeypatch.setattr(sys, "argv", ["make_map.py"])
+    args = make_map.parser().parse_args(["--labels", "weak-0.3", "--judge", "0.5", "--pairs", "0",
+                                         "--out", str(tmp_path / "map")])
+    make_map.main(args)
+    found = json.loads((tmp_path / "map.json").read_text())
+    assert list(found["cells"]) == ["weak-0.45 0.8", "weak-0.3 0.5"]
+    assert found["cells"]["weak-0.3 0.5"]["0"]["ilr"] == 90
+    text = (tmp_path / "map.md").read_text()
+    assert "| weak-0.3 | 0.5 | 1 | 50.0 | 60.0 | 90.0 | 30.0 | 70.0 | +60.0 |" in text
+    assert "| weak-0.45 | 0.8 | 3 | 55.0 | 60.0 | 63.0 | 61.0 | 60.0 | +2.0 ± 2.5 |" in text
+    assert os.path.getsize(tmp_path / "map.png") > 10_000
+    before = (tmp_path / "map.json").read_bytes()
+    make_map.main(make_map.parser().parse_args(["--draw", "--out", str(tmp_path / "map")]))
+    assert (tmp_path / "map.json").read_bytes() == before
