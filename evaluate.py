@@ -4,6 +4,7 @@
     python evaluate.py pick --task arithmetic --data s1.jsonl s2.jsonl --models m1 m2 \\
         --accuracy 0.45 --out labeler
     python evaluate.py report runs/arithmetic
+    python evaluate.py report runs/arithmetic runs/alpha --out runs/both
 
 grade    records with id, completion, reference -> the same with `correct` (1, 0 or a probability),
          and their mean with Wilson's 95% interval over the problems. --exact-release grades as the
@@ -13,7 +14,8 @@ pick     links --out to the model whose samples are nearest to the asked accurac
          weak model as its training left it.
 report   a run folder -> report.md, report.html, report.json and figures in it, from the graded
          answers, summaries and prices of every seed that is there. A number that the run has not
-         made yet is left blank. report/ is the code.
+         made yet is left blank. report/ is the code. Several run folders -> one page that lays
+         them side by side, in a folder of its own (--out; two runs: FIRST+SECOND beside FIRST).
 
 Intervals in the report's tables: Student's t over the seeds' means, each the mean of its retrains;
 for one seed, Wilson's over problems. "A beats B" is said where a paired bootstrap over seeds and
@@ -102,13 +104,15 @@ def pick(args):
 
 # ---------------------------------------------------------------- report
 def report(args):
+    if len(args.runs) > 1:
+        return report_side_by_side(args)
     from report.claims import claims
     from report.collect import collect
     from report.figures import draw
     from report.html import write_html
     from report.page import write_report
     from report.prices import prices
-    run = Path(args.run)
+    run = Path(args.runs[0])
     data = collect(run)
     if not data["tests"]:
         raise InputError(f"{run}: no graded answers in {run}/seed_*/*/: "
@@ -127,9 +131,22 @@ def report(args):
     print(f"{run}/report.md, report.html, report.json" + "".join(f", {name}" for name in drawn))
 
 
+def report_side_by_side(args):
+    from report.side import folder_for, read_runs
+    from report.side_page import write_side
+    paths = [Path(run) for run in args.runs]
+    runs = read_runs(paths)
+    print(write_side(runs, folder_for(paths, args.out)))
+
+
 # ---------------------------------------------------------------- command line
 def check(args):
     """Refuse what cannot work, judging by the arguments alone."""
+    if args.command == "report":
+        if len(args.runs) == 1 and args.out:
+            raise InputError("--out: the report of one run goes into its own folder")
+        if len(args.runs) > 2 and not args.out:
+            raise InputError("three runs or more side by side need --out, a folder for the page")
     if args.command == "grade":
         rule_of(args)
     if args.command == "pick":
@@ -168,8 +185,10 @@ def parser():
     k.add_argument("--accuracy", required=True, type=share, help="a share")
     k.add_argument("--out", required=True, help="link to the model's folder")
     r = commands.add_parser("report",
-                            help="a run folder -> report.md, report.html, report.json and figures")
-    r.add_argument("run", metavar="RUN_DIR")
+                            help="a run folder -> report.md, report.html, report.json and figures; "
+                            "several -> one page of them side by side")
+    r.add_argument("runs", metavar="RUN_DIR", nargs="+")
+    r.add_argument("--out", help="folder for the page of several runs; with two it may be left out")
     return p
 
 

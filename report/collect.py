@@ -1,5 +1,8 @@
 """Read what the files of a run folder say. What a run has not made yet is absent."""
+import re
+
 from core.records import read_json, read_jsonl
+from report.methods import POINTS, method_and_round
 from tasks import TASKS, get_task, unparsed
 
 
@@ -20,14 +23,27 @@ def graded_answers(seeds):
     return answers
 
 
+def is_known(point):
+    """Whether a folder of a seed is a point of every run, or of a method that there is."""
+    return point in POINTS or method_and_round(point) is not None
+
+
 def graded_files(folder):
-    """The files eval_K.graded.jsonl of a seed's folder, in order of point and K."""
+    """The files eval_K.graded.jsonl of a seed's folder, in order of point and K. What the report
+    does not know is left out."""
     found = []
     for path in folder.glob("*/eval_*.graded.jsonl"):
-        retrain = path.name.removeprefix("eval_").partition(".")[0]
-        if retrain.isdigit():       # else somebody's copy
-            found.append((path.parent.name, int(retrain), path))
+        retrain = re.fullmatch(r"eval_([0-9]+)\.graded\.jsonl", path.name)
+        if retrain and is_known(path.parent.name):      # else somebody's copy
+            found.append((path.parent.name, int(retrain[1]), path))
     return [path for *_, path in sorted(found)]
+
+
+def unknown_folders(seeds):
+    """Names of the folders with graded answers that are no point of a run or of a known method."""
+    names = {path.parent.name for folder in seeds.values()
+             for path in folder.glob("*/eval_*.graded.jsonl")}
+    return sorted(name for name in names if not is_known(name) and not name.startswith("."))
 
 
 def why_nothing(seeds, tests, task):
@@ -87,7 +103,9 @@ def collect(run):
     refinements  {point: {seed: summary of labels.jsonl or preferences.jsonl}}
     judges       {seed: judge.json of the trained judge}
     seconds, whole_run   as `stage_seconds` gives them
+    config       config.json: settings, commit, versions
     settings     those of config.json
+    unknown      names of the folders that `unknown_folders` finds
     metric       what the task calls its grade ("accuracy")
     n_test       number of test problems, the largest of any point
     nothing      why no answer at all is right, in words; "" where one is
@@ -102,12 +120,14 @@ def collect(run):
             n_test = max(n_test, *map(len, retrains))
     judges = {s: read_json(folder / "judge/model/judge.json") for s, folder in seeds.items()}
     seconds, whole_run = stage_seconds(run)
-    settings = read_json(run / "config.json").get("settings", {})
+    config = read_json(run / "config.json")
+    settings = config.get("settings", {})
     name = settings.get("TASK") if settings.get("TASK") in TASKS else ""
     return {"run": run, "seeds": list(seeds), "answers": answers, "tests": tests,
             "labels": graded_labels(seeds), "comparisons": summaries(seeds, "comparisons"),
             "refinements": summaries(seeds, "labels", "preferences"),
             "judges": {s: judge for s, judge in judges.items() if judge},
-            "seconds": seconds, "whole_run": whole_run, "settings": settings,
+            "seconds": seconds, "whole_run": whole_run, "config": config,
+            "settings": settings, "unknown": unknown_folders(seeds),
             "metric": getattr(name and get_task(name), "METRIC", "accuracy"), "n_test": n_test,
             "nothing": why_nothing(seeds, tests, name)}

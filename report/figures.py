@@ -85,9 +85,10 @@ def by_round(path, title, ylabel, series, lines):
                 axes.plot([at[x]] * len(seeds), seeds, METHODS[method].STYLE[1],
                           color=METHODS[method].STYLE[0], ms=3, alpha=0.4, mew=0)
         means = [mean for mean, _, _ in rounds.values()]
-        handles[name] = axes.errorbar(at.values(), means, halves, **line_style(method),
-                                      elinewidth=1, capsize=2 if any(halves) else 0,
-                                      zorder=3 - 0.1 * k)
+        # None: a bar of length 0 would still be one in the legend
+        bars = halves if any(halves) else None
+        handles[name] = axes.errorbar(at.values(), means, bars, **line_style(method),
+                                      elinewidth=1, capsize=2, zorder=3 - 0.1 * k)
     low, high = axes.get_ylim()
     for (name, value), (dash, shade) in zip(lines, ((":", "0.35"), ("-.", "0.55")), strict=False):
         style = {"color": shade, "ls": dash, "lw": 1.2}
@@ -141,7 +142,8 @@ def price(path, title, ylabel, panels):
 
 def judge(path, title, calibration, lines):
     """calibration: (name, method, points of `reliability`), in shares; lines: (name, method,
-    whether filled, {round: percent}). A panel without anything to draw is left out."""
+    whether filled, {round: percent}). A panel without anything to draw is left out. A name that
+    is in both panels stands once in the legend."""
     figure, axes = canvas(bool(calibration) + bool(lines), title)
     handles = {}
     if calibration:
@@ -165,7 +167,7 @@ def judge(path, title, calibration, lines):
         last = max(x for *_, rounds in lines for x in rounds)
         a.set_xticks(range(1, last + 1))
         a.set(xlabel="round", ylabel="percent")
-        a.set_title("accuracy, and precision of what was replaced or kept", fontsize=10)
+        a.set_title("its accuracy, and precision of what was replaced or kept", fontsize=10)
         handles["accuracy of a coin"] = a.axhline(50, color="0.35", lw=1.2, ls="-.")
         a.margins(0.05, 0.08)
     save(figure, path, handles)
@@ -206,9 +208,9 @@ def judge_lines(data):
         name, points = METHODS[m].NAME, rounds_of(data, m)
         asked = [s for p in points.values() for s in data["comparisons"].get(p, {}).values()]
         if found := reliability(s["calibration"] for s in asked if s.get("calibration")):
-            calibration.append((name, m, found))
-        kept = "replacement" if m == "ilr" else "pairs kept"
-        for what, kind, key in (("judge's accuracy", "comparisons", "accuracy"),
+            calibration.append((f"{name}: the judge", m, found))
+        kept = "labels replaced" if m == "ilr" else "pairs kept"
+        for what, kind, key in (("the judge", "comparisons", "accuracy"),
                                 (kept, "refinements", "precision")):
             means = {k: average(data[kind].get(p, {}), key) for k, p in points.items()}
             found = {k: round(100 * mean, 1) for k, mean in means.items() if mean is not None}
@@ -220,6 +222,7 @@ def judge_lines(data):
 @as_shipped()
 def draw(data, costs, said):
     """Draw what there is data for. said: the claims. Returns the names of the files."""
+    from report import curves, lengths  # here: they import this file
     run, tests, methods, n = data["run"], data["tests"], methods_of(data), len(data["seeds"])
     what = f"{data['settings'].get('EVAL', 'test')} {data['metric']}"
     seeds = f"mean, 95% interval of {n} seeds" if n > 1 else f"seed {data['seeds'][0]}"
@@ -252,4 +255,4 @@ def draw(data, costs, said):
     if calibration or lines:
         figure(judge, "judge.png", "The judge on the pairs that it was asked about", calibration,
                lines)
-    return drawn
+    return [*drawn, *curves.draw(data), *lengths.draw(data)]

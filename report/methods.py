@@ -7,6 +7,8 @@ METHODS["ilr"] has the points ilr_1, ilr_2, ... of a run.
 
 `data` is what `collect` of report/collect.py returns.
 """
+import re
+
 import baselines
 
 
@@ -48,13 +50,24 @@ METHODS = {"ilr": ILR, "dpo": DPO, "naive": Naive,
            **{name: baselines.load(name) for name in baselines.names()}}
 
 
+POINTS = ("weak", "sft", "gold")        # points of every run, of no method
+
+
+def method_and_round(point):
+    """("ilr", 2) of the point "ilr_2"; None for a name that is no point of a known method."""
+    method, _, round_ = point.rpartition("_")
+    if method in METHODS and re.fullmatch("[1-9][0-9]*", round_):
+        return method, int(round_)
+    return None
+
+
 def points_of(data, method):
     """The points of a method in order, {round: name of the point}. Round 0 is the SFT start."""
     points = {0: "sft"} if "sft" in data["tests"] else {}
     for point in data["tests"]:
-        name, _, round_ = point.rpartition("_")
-        if name == method and round_.isdigit():
-            points[int(round_)] = point
+        name, round_ = method_and_round(point) or ("", 0)
+        if name == method:
+            points[round_] = point
     return dict(sorted(points.items()))
 
 

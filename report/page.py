@@ -1,16 +1,16 @@
 """The page, report.md, section by section. report/tables.py makes its tables."""
 from core.records import write_text
-from report.claims import findings, sentence
-from report.methods import METHODS, labels_of, last_of, methods_of
-from report.statistics import paired
+from report import curves, examples, lengths
+from report.caveats import caveats_section
+from report.claims import contrasts, findings, name_of, sentence
+from report.methods import METHODS, labels_of, methods_of
+from report.settings import settings_section
 from report.tables import (
     accuracy_table,
-    asked_table,
     beside_table,
     budget_table,
     label_table,
     price_table,
-    supervision_table,
     table,
 )
 
@@ -45,7 +45,9 @@ def claims_section(data, said, drawn):
                   "from seed to seed, taken for normal. ")
     if said:
         text.append(
-            "In parentheses, 95% intervals of the paired difference, a point's trainings averaged. "
+            "Two methods are compared at the last round that both have, or the line says that the "
+            "rounds differ. In parentheses, 95% intervals of the paired difference, a point's "
+            "trainings averaged. "
             f"Bootstrap (percentiles of 10,000 draws): {covers}"
             '"A beats B" is said where every interval excludes 0; none is corrected for their '
             f"number ({len(said)}).\n")
@@ -55,14 +57,22 @@ def claims_section(data, said, drawn):
 
 
 def findings_section(data):
-    found = findings(data)
-    if not found:
+    rows = [[finding, f"{name_of(a)} minus {name_of(b)}: {difference}", verdict]
+            for (_, a, b, _), (finding, difference, verdict)
+            in zip(contrasts(data), findings(data), strict=True)]
+    if not rows:
         return []
+    ends = "the wider ends of the two 95% intervals" if len(data["seeds"]) > 1 else (
+        "the 95% interval")
+    text = (f"Differences in points, with {ends}. Where that includes 0, no difference is "
+            "established.")
+    if any(not better for *_, better in contrasts(data)):
+        text += (" Of DPO the paper says that it does not improve on SFT. *No gain established* "
+                 "fits that and does not prove it: the gain may be as large as the interval's "
+                 "upper end. *Holds: worse* is said where DPO loses, *does not hold: gains* where "
+                 "it improves.")
     return ["## What the paper finds, here\n",
-            table(["finding", "points, last rounds", "here"], found),
-            "In parentheses, the wider ends of the two intervals. That something does not help "
-            "holds where it is established to harm; where no gain is established, how large one "
-            "may be all the same is the interval's upper end.\n"]
+            table(["the paper finds", "here", "verdict"], rows), f"{text}\n"]
 
 
 def accuracy_section(data):
@@ -117,109 +127,14 @@ def price_section(data, price, drawn):
     return text
 
 
-def dialed(settings):
-    """What the settings, and no measurement, made of the supervision: a list of sentences' parts.
-    A setting that the run did not use says nothing."""
-    unused = set()
-    if settings.get("LABEL_NOISE"):
-        unused.add("WEAK_ACCURACY")
-    judge = settings.get("JUDGE", "trained")
-    if judge not in ("trained", "simulated"):
-        unused.add("JUDGE_ACCURACY")
-    found = []
-    for key, what in (
-            ("WEAK_ACCURACY",
-             "the demonstrator is the checkpoint whose samples come nearest to {:.0%} right"),
-            ("JUDGE_ACCURACY", "the judge's training stops at {:.0%} of its stopping pairs"
-             if judge == "trained" else "the judge is right on {:.0%} of the pairs with one right "
-             "side"),
-            ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"),
-            ("LABEL_NOISE",
-             "{:.0%} of the demonstrations are made wrong, the others references")):
-        text = settings.get(key)
-        used = text and (float(text) > 0 or key == "LABEL_NOISE")      # without noise: references
-        if used and key not in unused:
-            found.append(what.format(float(text)))
-    return found
-
-
-def caveats(data):
-    """How far the page can be trusted, as far as the run folder says it: a list of sentences."""
-    settings, tests, n = data["settings"], data["tests"], len(data["seeds"])
-    if n == 1:
-        said = ["One seed, one draw of data, weak model and judge: nothing here says what another "
-                "would give."]
-    else:
-        few = (" They are few: a bootstrap over them is too narrow, and Student's t leans on the "
-               "normal.") if n < 10 else ""
-        said = [f"{n} seeds, each with data, a weak model and a judge of its own.{few}"]
-    for key, value, what in (
-            ("TASK", "arithmetic", "All seeds share one pair of base models, trained here: no "
-             "interval says anything of other base models."),
-            ("JUDGE", "oracle", "The judge is an oracle, which reads the references."),
-            ("JUDGE", "simulated", "The judge is simulated: it reads the references, and errs."),
-            ("CLEAN_START", "1",
-             "Labels that are wrong by their references were dropped before SFT."),
-            ("EVAL", "validation",
-             "These are validation problems, on which settings may have been chosen.")):
-        if settings.get(key) == value:
-            said.append(what)
-    for seed, judge in data["judges"].items():
-        if judge.get("held_out_accuracy", 1) <= 0.5:
-            said.append(f"The judge of seed {seed} is right on {judge['held_out_accuracy']:.0%} of "
-                        "its held-out pairs, no better than a coin: it has learnt nothing.")
-    if parts := dialed(settings):
-        said.append(f"Supervision is dialed: {'; '.join(parts)}. How unreliable it came out is a "
-                    "setting, not a finding.")
-    loss = settings.get("DPO_LOSS") or "sigmoid"
-    if loss != "sigmoid":
-        said.append(f"DPO, wherever it says so, is trained with the loss {loss}.")
-    if missing := [f"{p} has {len(tests[p])}" for p in sorted(tests) if len(tests[p]) < n]:
-        said.append(f"Not every point has all {n} seeds: {', '.join(missing)}.")
-    return said + retraining(data)
-
-
-def retraining(data):
-    """What is known of how much retraining alone changes a number: a list of one sentence or none.
-
-    DPO starts from SFT's first training, while SFT's point is the mean of its trainings."""
-    tests = data["tests"]
-    if {len(v) for by_seed in tests.values() for v in by_seed.values()} == {1}:
-        return ["One training a point: how much retraining alone would change a number is not "
-                "measured."]
-    if "dpo" not in methods_of(data):
-        return []
-    first = {seed: retrains[:1] for seed, retrains in data["answers"].get("sft", {}).items()}
-    found = paired({**data["answers"], "start": first}, last_of(data)["dpo"][1], "start")
-    if not found:
-        return []
-    low, high = found["bootstrap"]
-    return ["DPO starts from SFT's first training: its last round minus that one alone is "
-            f"{found['mean']:+.1f} points (bootstrap {low:+.1f} to {high:+.1f})."]
-
-
-def caveats_section(data, drawn):
-    text = ["## Caveats\n", "".join(f"- {caveat}\n" for caveat in caveats(data))]
-    if found := supervision_table(data):
-        text += ["### How unreliable was the supervision\n", found,
-                 "In percent, by round where a cell has several. Judge error: of the pairs with "
-                 "one right side, those decided wrongly. Order flips: answers that change with the "
-                 "order of the two. Precision: of the labels replaced, those that got better (DPO: "
-                 "of the pairs kept, those whose chosen side is the better). Recall: of the labels "
-                 "whose proposal was better, those replaced.\n"]
-    if "judge.png" in drawn:
-        text.append("![the judge on the pairs asked about](judge.png)\n")
-    if found := asked_table(data):
-        text.append(found)
-    return text
-
-
 def write_report(data, said, price, drawn):
     """Write report.md. said: the claims; price: of report/prices.py; drawn: names of the figures.
     Returns what the console shows: the claims and the accuracy by round."""
     text = [*heading(data), *claims_section(data, said, drawn), *findings_section(data),
-            *accuracy_section(data), *labels_section(data), *price_section(data, price, drawn),
-            *caveats_section(data, drawn)]
+            *accuracy_section(data), *labels_section(data), *curves.section(data, drawn),
+            *lengths.section(data, drawn), *examples.section(data),
+            *price_section(data, price, drawn), *caveats_section(data, drawn),
+            *settings_section(data)]
     write_text(data["run"] / "report.md", "\n".join(text))
     shown = [sentence(claim) for claim in said]
     if data["nothing"]:

@@ -23,6 +23,11 @@ def wilson(mean, n):
     return max(0.0, min(mean, center - half)), min(1.0, max(mean, center + half))
 
 
+def t975(df):
+    """The 97.5% quantile of Student's t for df degrees of freedom (1 or more)."""
+    return T975[df - 1] if df <= len(T975) else 1.96
+
+
 def mean_interval(values):
     """(mean, half width of Student's 95% interval) of independent values.
 
@@ -32,8 +37,48 @@ def mean_interval(values):
     if n < 2:
         return mean, None
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    t = T975[n - 2] if n - 2 < len(T975) else 1.96
-    return mean, t * sd / math.sqrt(n)
+    return mean, t975(n - 1) * sd / math.sqrt(n)
+
+
+def within_groups(groups):
+    """Half width of the 95% interval of the mean of the groups' means, for these groups: what
+    other values from the same groups would give. None where no group has two values.
+
+    groups: R lists of n_r independent values, n_r at least 1. The groups are fixed, and the values
+    of all scatter equally around their group's mean. Their pooled variance s^2 has sum(n_r - 1)
+    degrees of freedom; the mean of the R means has the variance s^2 sum(1 / n_r) / R^2.
+    Source: a linear combination of means in the one-way analysis of variance, Montgomery, Design
+    and Analysis of Experiments, chapter 3.
+    """
+    df = sum(len(values) - 1 for values in groups)
+    if not df:
+        return None
+    squares = sum((v - sum(values) / len(values)) ** 2 for values in groups for v in values)
+    spread = math.sqrt(squares / df * sum(1 / len(values) for values in groups))
+    return t975(df) * spread / len(groups)
+
+
+def over_groups(groups):
+    """(mean of the groups' means, half width of its 95% interval over groups): what other groups
+    would give. The half width is None for one group.
+
+    groups: as for `within_groups`, but drawn themselves: Student's t over their means. In the
+    one-way random-effects model a group's mean has the variance s_b^2 + s_w^2 / n, and the scatter
+    of the means estimates the sum: the interval covers values within groups too. It is exact for
+    normal effects where all groups have equally many values.
+    Source: Searle, Casella & McCulloch 1992, Variance Components, chapter 3.
+    """
+    return mean_interval([sum(values) / len(values) for values in groups])
+
+
+def pooled(groups):
+    """{mean, within, over, established} of the groups of `within_groups`; the half widths are None
+    where they are not known. Established: the interval over groups excludes 0, and so does the one
+    within them, if there is one."""
+    within, (mean, over) = within_groups(groups), over_groups(groups)
+    known = [half for half in (within, over) if half is not None]
+    return {"mean": mean, "within": within, "over": over,
+            "established": over is not None and all(abs(mean) > half for half in known)}
 
 
 def bootstrap(differences, draws=10_000):

@@ -1,4 +1,7 @@
 """The tables of report.md, as Markdown. Numbers are in percent unless a heading says otherwise."""
+import re
+import unicodedata
+
 from report.methods import (
     METHODS,
     labels_name,
@@ -14,6 +17,36 @@ from report.statistics import average, over_seeds, wilson
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+# What Markdown or HTML could read as its own, each as both write it as a plain character. "@" alone
+# in a code span: GitHub makes a link of an address that it finds in plain text.
+PLAIN = {ord(c): f"&#{ord(c)};" for c in "\\`|~$"} | {
+    ord(c): f"\\{c}" for c in "*[]"} | {
+    ord("&"): "&amp;", ord("<"): "&lt;", ord("@"): "`@`"}
+OPEN_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")      # within a word it is plain
+
+
+def shown(character):
+    """A character that could be unseen or turn the text around, as \\u202e; others as they are."""
+    joiners = "\u200c\u200d"          # several languages write with them
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp", "Co", "Cn"):
+        return character if character in joiners else f"\\u{ord(character):04x}"
+    return character
+
+
+def plain(text, limit=None):
+    """Text of a model or a file for a table's cell: one line, nothing in it works as Markdown or
+    HTML, line ends are ⏎. Of more than `limit` characters the middle is left out: [...]."""
+    text = str(text).replace("\r\n", "\n").strip()
+    if limit and len(text) > limit:
+        half = limit // 2
+        text = f"{text[:half].rstrip()} [...] {text[-half:].lstrip()}"
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    text = " ⏎ ".join("".join(map(shown, line)) for line in lines if line)
+    text = text.translate(PLAIN).replace("://", "&#58;//").replace("www.", "&#119;ww.")
+    text = text.replace('="', "=&quot;")        # report/html.py looks for src="..."
+    return OPEN_UNDERSCORE.sub(r"\\_", text) or "*empty*"
 
 
 def cell(by_seed, n=0):

@@ -15,11 +15,11 @@ from conftest import ROOT, rows, run
 
 import evaluate
 from core.records import InputError, write_json, write_jsonl
-from report import statistics
-from report.claims import findings, sentence
+from report import figures, statistics
+from report.caveats import caveats
+from report.claims import claims, contrasts, findings, sentence
 from report.collect import collect
 from report.methods import METHODS
-from report.page import caveats
 from report.statistics import paired
 
 
@@ -188,6 +188,11 @@ def report(folder):
     return (folder / "report.md").read_text()
 
 
+def prices_of(text):
+    """The section of the page on prices."""
+    return text.partition("## Price\n")[2].partition("## Caveats")[0]
+
+
 def table_row(text, *begin):
     """The cells of the only row that begins with these."""
     row, = [line.split(" | ")[len(begin):] for line in text.splitlines()
@@ -209,22 +214,22 @@ def test_report(run_folder, capsys):
             "| DPO | 47.5 ± 31.8 | 52.5 ± 31.8 | 42.5 ± 31.8 |\n") in text
     assert "| ILR's labels | 50.0 ± 0.0 | 60.0 ± 0.0 | 65.0 ± 0.0 |" in text
     # every seed differs by the same, 12 - 8 and 8 - 7 of 20 problems; the winner is named first
-    claims = re.findall(r"^- (.*) \(bootstrap (\S+) to (\S+), Student's t (\S+) to (\S+); "
-                        r"by seed (\S+), (\S+)\)\.$", text, re.M)
-    assert [(c[0], *map(float, c[3:])) for c in claims] == [
+    said = re.findall(r"^- (.*) \(bootstrap (\S+) to (\S+), Student's t (\S+) to (\S+); "
+                      r"by seed (\S+), (\S+)\)\.$", text, re.M)
+    assert [(c[0], *map(float, c[3:])) for c in said] == [
         ("**ILR (round 2) beats SFT by 20.0 points**", 20, 20, 20, 20),
         ("**SFT beats DPO (round 2) by 5.0 points**", 5, 5, 5, 5),
         ("**ILR (round 2) beats DPO (round 2) by 25.0 points**", 25, 25, 25, 25),
-        ("**ILR (round 2) beats DPO (round 1, its best on these problems, a choice in DPO's favor) "
-         "by 15.0 points**", 15, 15, 15, 15)]
-    for (_, low, high, *_), found in zip(claims, numbers["claims"], strict=True):
+        ("**ILR (round 2) beats DPO (round 1: the rounds differ; its best on these problems, a "
+         "choice in DPO's favor) by 15.0 points**", 15, 15, 15, 15)]
+    for (_, low, high, *_), found in zip(said, numbers["claims"], strict=True):
         assert 0 < float(low) < abs(found["mean"]) < float(high)
     assert [(c["a"], c["mean"]) for c in numbers["claims"][:2]] == [
         ("ILR (round 2)", pytest.approx(20)), ("DPO (round 2)", pytest.approx(-5))]
     # the console: claims, the table by round, the names of the files
     said = capsys.readouterr().out
     assert said.startswith("- **ILR (round 2) beats SFT") and "| DPO | 47.5" in said
-    assert said.endswith("price.png, judge.png\n") and said.count("\n") < 14
+    assert "price.png, judge.png" in said.splitlines()[-1] and said.count("\n") < 14
     # 7 and 9 of 20 problems after DPO, 8 in SFT's first training
     assert ("DPO starts from SFT's first training: its last round minus that one alone is "
             "+0.0 points") in text
@@ -258,7 +263,8 @@ def test_report_of_one_seed_and_an_unfinished_run(run_folder):
     shutil.rmtree(run_folder / "seed_0/ilr_1")
     text = report(run_folder)
     assert "| ILR |  |  | 65.0 [43.3, 81.9] |" in text and "beats SFT" not in text
-    assert "ILR (round 2) beats DPO (round 1) by 15.0" in text
+    # of ILR the second round alone is left, of DPO the first: nothing compares them
+    assert "None: of two points" in text and "What the paper finds" not in text
     assert "price.png" not in text
     for point in ("ilr_2", "dpo_1"):
         shutil.rmtree(run_folder / "seed_0" / point)
@@ -366,11 +372,11 @@ def test_a_claim_needs_every_interval(seeds, established):
     # of 40: ILR gains, DPO neither gains nor loses
     (10, 20, 10, ["holds", "no gain established", "holds"]),
     # a gain of one problem; DPO gains, and is above ILR
-    (10, 11, 20, ["not established", "does not hold", "does not hold"]),
+    (10, 11, 20, ["not established", "does not hold: gains", "does not hold: worse"]),
     # ILR loses; DPO fails to improve by losing
-    (20, 10, 10, ["does not hold", "holds", "not established"])])
+    (20, 10, 10, ["does not hold: worse", "holds: worse", "not established"])])
 def test_findings_hold_or_not(sft, ilr, dpo, verdicts):
-    answers = {p: of_forty(right) for p, right in {"sft": sft, "ilr_2": ilr, "dpo_1": dpo}.items()}
+    answers = {p: of_forty(right) for p, right in {"sft": sft, "ilr_2": ilr, "dpo_2": dpo}.items()}
     found = {what: (points, verdict) for what, points, verdict
              in findings({"answers": answers, "tests": answers})}
     asked = ("ILR improves on SFT", "DPO fails to improve on SFT", "ILR improves on DPO")
@@ -390,6 +396,37 @@ def test_labels_that_the_weak_model_did_not_write(run_folder, settings, said):
     text = " ".join(caveats({**collect(run_folder), "settings": settings}))
     noise = "of the demonstrations are made wrong, the others references"
     assert (noise in text) == bool(settings.get("LABEL_NOISE"))
+
+
+def test_methods_are_compared_at_the_last_round_that_both_have():
+    right = {"sft": 4, "weak": 2, "ilr_1": 10, "ilr_2": 20, "ilr_3": 30, "dpo_1": 9, "dpo_2": 6,
+             "naive_1": 8, "rft_2": 7, "ensemble_1": 5}
+    answers = {point: of_forty(n) for point, n in right.items()}
+    answers["dpo_4"], answers["filter_3"] = answers["dpo_2"], {9: of_forty(3)[0]}
+    data = {"answers": answers, "tests": {p: {seed: [n / 40] for seed in answers[p]}
+                                          for p, n in {**right, "dpo_4": 6, "filter_3": 3}.items()}}
+    found = [(c["a"], c["b"], round(c["mean"] * 40 / 100)) for c in claims(data)]
+    assert found == [
+        *((f"{name} (round {k})", "SFT", gain) for name, k, gain in (
+            ("ILR", 3, 26), ("DPO", 4, 2), ("naive", 1, 4), ("ensemble", 1, 1), ("RFT", 2, 3))),
+        ("ILR (round 2)", "DPO (round 2)", 14), ("ILR (round 1)", "naive (round 1)", 2),
+        ("ILR (round 1)", "ensemble (round 1)", 5), ("ILR (round 2)", "RFT (round 2)", 13),
+        # the two whose rounds differ say so
+        ("ILR (round 2)", "DPO (round 1: the rounds differ; its best on these problems, a choice "
+         "in DPO's favor)", 11),
+        ("ILR (round 3)", "ensemble (round 1: the rounds differ; it has no more)", 25)]
+    # SFT at a method's last round; filter has no seed in common with ILR
+    assert [points for _, *points in contrasts(data)] == [
+        ["sft", "weak", True], ["dpo_4", "sft", False], ["ilr_3", "sft", True],
+        ["ilr_2", "dpo_2", True], ["ilr_1", "naive_1", True]]
+    assert [row[0] for row in findings(data)] == [row[0] for row in contrasts(data)]
+
+
+def test_the_page_says_what_the_paper_says_of_dpo_and_what_it_finds(run_folder):
+    text = report(run_folder).partition("## What the paper finds")[2]
+    here, verdict = table_row(text, "DPO fails to improve on SFT")
+    assert re.fullmatch(r"DPO \(round 2\) minus SFT: -5\.0 \(-\d+\.\d to -\d\.\d\)", here)
+    assert verdict == "holds: worse"
 
 
 # ---------------------------------------------------------------- prices
@@ -465,7 +502,8 @@ def test_prices_by_hand(priced):
     assert "the whole run took 777" in text
     assert "(price.png)" in text and "(judge.png)" in text
     # each round's budget: the other's last round that costs no more, both ways
-    assert [table_row(text, f"{m}, round {k}") for m in ("ILR", "DPO") for k in (1, 2)] == [
+    budgets = prices_of(text)
+    assert [table_row(budgets, f"{m}, round {k}") for m in ("ILR", "DPO") for k in (1, 2)] == [
         ["57.5", "none", "52.5 (round 1)"], ["67.5", "52.5 (round 1)", "42.5 (round 2)"],
         ["52.5", "57.5 (round 1)", "none"], ["42.5", "67.5 (round 2)", "57.5 (round 1)"]]
     assert json.loads((priced / "report.json").read_text())["price"]["ilr_2"] == {
@@ -483,6 +521,9 @@ def test_a_report_survives_what_does_not_belong_to_it(priced, monkeypatch):
     text = report(priced)
     assert "The judge is an oracle" in text and "the judge's training stops" not in text
     assert "45% right" in text and "round old" not in text
+    # it is named, and counts nowhere
+    assert "no method that this code knows: ilr_old.\n" in text
+    assert "ilr_old" not in (priced / "report.json").read_text()
     (priced / "report.json").unlink()
     monkeypatch.setitem(sys.modules, "markdown", None)
     with pytest.raises(InputError, match="needs the package markdown"):
@@ -493,7 +534,7 @@ def test_a_report_survives_what_does_not_belong_to_it(priced, monkeypatch):
 def test_a_price_that_is_missing_is_left_blank(priced):
     (priced / "seed_1/ilr_2/half_1/price.json").unlink()
     (priced / "seed_0/dpo_1/samples.jsonl.price").unlink()
-    text = report(priced)
+    text = prices_of(report(priced))
     assert table_row(text, "ILR, through round 1")[4] == "2.94e+06"
     assert table_row(text, "ILR, through round 2") == ["60", "200", "", "", "", "42"]
     assert table_row(text, "DPO, through round 1") == ["45", "", "80", "", "", "14"]
@@ -567,17 +608,32 @@ def test_the_page_is_self_contained(priced):
     html = (priced / "report.html").read_text()
     page.feed(html)
     figures = re.findall(r"\((\w+\.png)\)", text)
-    assert figures == ["test_accuracy.png", "label_accuracy.png", "price.png", "judge.png"]
+    assert {"test_accuracy.png", "label_accuracy.png", "price.png", "judge.png"} <= set(figures)
+    assert set(figures) == {path.name for path in priced.glob("*.png")}
     inside = [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources]
     assert inside == [(priced / f).read_bytes() for f in figures]
-    assert page.tags.count("table") == text.count("| --- |\n") == 8
+    assert page.tags.count("table") == text.count("| --- |\n") >= 11
     assert "47.5 ± 31.8" in page.cells and "ILR, through round 2" in page.cells
     assert page.tags.count("li") == text.count("\n- ")
     assert "<strong>ILR (round 2) beats SFT by 20.0 points</strong>" in html
     headings = re.findall(r"^## (.*)", text, re.M)
-    assert headings == ["Claims", "What the paper finds, here", "Accuracy by round",
-                        "Label accuracy by round", "Price", "Caveats"]
+    assert [h for h in headings if h not in ("Training curves", "Lengths")] == [
+        "Claims", "What the paper finds, here", "Accuracy by round", "Label accuracy by round",
+        "Examples", "Price", "Caveats", "Settings"]
     assert page.tags.count("h2") == len(headings)
+
+
+def test_a_legend_has_each_line_once_and_no_bars_where_there_are_none(priced, monkeypatch):
+    calibration, lines = figures.judge_lines(collect(priced))
+    names = [name for name, *_ in lines]
+    assert {name for name, *_ in calibration} <= set(names) and len(set(names)) == len(names) == 4
+    drawn = {}
+    monkeypatch.setattr(figures, "save", lambda figure, path, handles: drawn.update(handles))
+    for half in (None, 2.0):
+        with figures.as_shipped():
+            figures.by_round(priced, "", "", [("ILR", "ilr", {0: (5, half, [5]),
+                                                              1: (6, half, [6])})], [])
+        assert drawn["ILR"].has_yerr == bool(half)
 
 
 def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
@@ -591,10 +647,11 @@ def test_every_method_has_a_place_and_a_style_of_its_own(run_folder):
     names = re.findall(r"^\| ([\w-]+) \| 47.5", text, re.M)
     assert names == [m.NAME for m in METHODS.values()]
     assert all(f"\n- {m.NAME}: {m.WHAT}.\n" in text for m in METHODS.values())
-    # all against SFT, ILR against all others and DPO's best, DPO against its two readings
+    # all against SFT; ILR against all others, against DPO's best, and its last round against the
+    # ensemble's only one; DPO against its two readings
     n = len(methods)
-    claims = json.loads((run_folder / "report.json").read_text())["claims"]
-    assert n >= 12 and len(claims) == n + (n - 1) + 1 + 2
+    said = json.loads((run_folder / "report.json").read_text())["claims"]
+    assert n >= 12 and len(said) == n + (n - 1) + 2 + 2
     assert "](gains.png)" in text and (run_folder / "gains.png").stat().st_size > 5000
 
 
@@ -629,13 +686,15 @@ def test_a_file_in_baselines_is_in_the_report(priced, tmp_path):
             "weights": 1000, "trained_weights": 1000, "trained_tokens": 10, "read_tokens": 0})
     report(priced)
     figures = {name: (priced / name).read_bytes() for name in ("test_accuracy.png", "price.png")}
-    assert "mine" not in (priced / "report.md").read_text()
+    before = (priced / "report.md").read_text()
+    assert "mine" not in before and "no method that this code knows: my-own_1.\n" in before
     done = subprocess.run([sys.executable, "evaluate.py", "report", priced], cwd=copy,
                           capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     text = (priced / "report.md").read_text()
     assert table_row(text, "mine")[:2] == ["47.5 ± 31.8", "75.0 ± 0.0"]
     assert "- mine: a method of a new file.\n" in text and "mine (round 1)" in text
+    assert "my-own_1" not in text.partition("## Caveats")[2]
     # 110 trained tokens x 6,000
     assert table_row(text, "mine, through round 1")[:5] == ["0", "0", "110", "0", "6.60e+05"]
     assert all((priced / name).read_bytes() != drawn for name, drawn in figures.items())
@@ -644,8 +703,12 @@ def test_a_file_in_baselines_is_in_the_report(priced, tmp_path):
 @pytest.mark.parametrize("settings, said, unsaid", [
     ({"TASK": "arithmetic", "WEAK_ACCURACY": "0.45", "JUDGE_ACCURACY": "0"},
      ["one pair of base models", "nearest to 45% right"], ["stops at", "oracle"]),
-    ({"TASK": "gsm8k", "JUDGE_ACCURACY": "0.8", "EVAL": "validation"},
-     ["stops at 80%", "validation problems"], ["trained here", "nearest"]),
+    ({"TASK": "arithmetic", "BASE_SEED": "3", "PRETRAIN": "26000", "STRONG_MODEL": ""},
+     ["All seeds share one pair of base models (bases/, BASE_SEED=3): no interval"], ["oracle"]),
+    ({"TASK": "gsm8k", "JUDGE_ACCURACY": "0.8", "EVAL": "validation", "BASE_SEED": "0",
+      "WEAK_MODEL": "a/b", "STRONG_MODEL": "c/d"},
+     ["stops at 80%", "validation problems", "one pair of base models (a/b, c/d): no interval"],
+     ["BASE_SEED=0: no", "nearest"]),
     ({"JUDGE": "oracle", "CLEAN_START": "1", "JUDGE_FLIPS": "0"},
      ["oracle", "dropped before SFT"], ["dialed", "the loss"]),
     ({"LABEL_NOISE": "0.3", "WEAK_ACCURACY": "0.45"},
@@ -656,7 +719,7 @@ def test_caveats_are_those_of_the_run(run_folder, settings, said, unsaid):
     write_json(run_folder / "config.json", {"settings": settings})
     shutil.rmtree(run_folder / "seed_1/ilr_2")
     text = report(run_folder)
-    found = text.partition("## Caveats")[2]
+    found = text.partition("## Caveats")[2].partition("## Settings")[0]
     assert "2 seeds, each with" in found
     assert "Not every point has all 2 seeds: ilr_2 has 1." in found
     assert all(s in found for s in said) and not any(s in found for s in unsaid)
