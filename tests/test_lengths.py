@@ -1,10 +1,10 @@
-"""report/lengths.py: lengths in words and the judge's preference by length, by hand."""
+"""report/lengths.py, word_counts.py: lengths in words, and the judge's preference by length."""
 import json
 
 import pytest
 
 from core.records import write_jsonl
-from report import lengths
+from report import lengths, word_counts
 from report.collect import collect
 from report.figures import as_shipped
 from report.methods import METHODS
@@ -88,19 +88,19 @@ def draw(run):
 
 # ---------------------------------------------------------------- the judge's pairs
 def test_counts_of_pairs():
-    assert lengths.judged(PAIRS, arithmetic.grade) == COUNTS | RIGHT_COUNTS
-    assert lengths.judged(PAIRS, None) == COUNTS
+    assert word_counts.judged(PAIRS, arithmetic.grade) == COUNTS | RIGHT_COUNTS
+    assert word_counts.judged(PAIRS, None) == COUNTS
     # the other way round in the file, every pair says the same
     turned = [{**c, "completion_a": c["completion_b"], "completion_b": c["completion_a"],
                "prob_b": c["prob_b"] and 1 - c["prob_b"]} for c in PAIRS]
-    assert lengths.judged(turned, arithmetic.grade) == COUNTS | RIGHT_COUNTS
+    assert word_counts.judged(turned, arithmetic.grade) == COUNTS | RIGHT_COUNTS
 
 
 def test_shares_of_pairs():
-    judge = lengths.judged(PAIRS, arithmetic.grade)
+    judge = word_counts.judged(PAIRS, arithmetic.grade)
     assert lengths.shares(judge) == [60, 50, 100, 50, 50]
-    assert lengths.shares(lengths.judged(PAIRS, None)) == [60, None, None, None, None]
-    assert lengths.shares(lengths.judged([], None)) == [None] * 5
+    assert lengths.shares(word_counts.judged(PAIRS, None)) == [60, None, None, None, None]
+    assert lengths.shares(word_counts.judged([], None)) == [None] * 5
 
 
 def test_errors_that_do_not_depend_on_length_are_no_lean():
@@ -108,7 +108,7 @@ def test_errors_that_do_not_depend_on_length_are_no_lean():
     pairs = [comparison(i, (4, RIGHT), (2, WRONG), 0.9 if i % 4 == 0 else 0.2) for i in range(40)]
     pairs += [comparison(i, (2, RIGHT), (3, WRONG), 0.9 if i % 4 == 0 else 0.2)
               for i in range(100, 108)]
-    prefers, right, *_, lean = lengths.shares(lengths.judged(pairs, arithmetic.grade))
+    prefers, right, *_, lean = lengths.shares(word_counts.judged(pairs, arithmetic.grade))
     assert prefers == pytest.approx(100 * 32 / 48) and right == pytest.approx(100 * 40 / 48)
     assert lean == 0
 
@@ -117,26 +117,27 @@ def test_errors_that_do_not_depend_on_length_are_no_lean():
     {"prob_b": None}, {"prob_b": "0.8"}, {"prob_b": True}, {"prob_b": float("nan")},
     {"prob_b": 1.5}, {"completion_a": None}, {"completion_b": 7}, {"completion_b": []}], ids=str)
 def test_a_broken_pair_counts_nowhere(change):
-    assert lengths.judged([{**PAIRS[0], **change}], arithmetic.grade) == {}
+    assert word_counts.judged([{**PAIRS[0], **change}], arithmetic.grade) == {}
 
 
 @pytest.mark.parametrize("change", [{"reference": "two"}, {"reference": None}])
 def test_a_pair_that_cannot_be_graded_has_no_right_side(change):
-    assert set(lengths.judged([{**PAIRS[0], **change}], arithmetic.grade)) == {
+    assert set(word_counts.judged([{**PAIRS[0], **change}], arithmetic.grade)) == {
         "decided", "preferred", "other", "differ", "longer"}
 
 
 def test_conversations():
     pair = {**PAIRS[0], **{side: [{"role": "assistant", "content": PAIRS[0][side]}]
                            for side in ("completion_a", "completion_b")}}
-    assert lengths.judged([pair], arithmetic.grade) == lengths.judged(PAIRS[:1], arithmetic.grade)
+    expected = word_counts.judged(PAIRS[:1], arithmetic.grade)
+    assert word_counts.judged([pair], arithmetic.grade) == expected
 
 
 def test_only_cheap_tasks_are_graded():
-    assert lengths.cheap_grade({"TASK": "arithmetic"}) is arithmetic.grade
-    assert lengths.cheap_grade({"TASK": "gsm8k"}).__module__ == "tasks.gsm8k"
+    assert word_counts.cheap_grade({"TASK": "arithmetic"}) is arithmetic.grade
+    assert word_counts.cheap_grade({"TASK": "gsm8k"}).__module__ == "tasks.gsm8k"
     for task in ("bird", "saferpaca", "nothing", None):
-        assert lengths.cheap_grade({"TASK": task}) is None
+        assert word_counts.cheap_grade({"TASK": task}) is None
 
 
 # ---------------------------------------------------------------- the section
@@ -179,9 +180,9 @@ def test_the_judges_preference(small):
 def test_what_sft_learns(small):
     at = small / "seed_3"
     write(at / "clean/labels.jsonl", [answer(1, 11, 2)])
-    assert lengths.measure(collect(small))["sft"][3]["labels"] == 11
+    assert word_counts.measure(collect(small))["sft"][3]["labels"] == 11
     write(at / "noise/labels.jsonl", [answer(1, 13, 2)])
-    assert lengths.measure(collect(small))["sft"][3]["labels"] == 13
+    assert word_counts.measure(collect(small))["sft"][3]["labels"] == 13
 
 
 def test_seeds_are_averaged_and_compared_in_pairs(tmp_path):
@@ -273,8 +274,8 @@ def test_the_figure_is_the_same_twice(small):
 
 
 def test_each_file_is_read_once(small, monkeypatch):
-    read, original = [], lengths.rows
-    monkeypatch.setattr(lengths, "rows", lambda *paths: read.extend(paths) or original(*paths))
+    read, original = [], word_counts.rows
+    monkeypatch.setattr(word_counts, "rows", lambda *paths: read.extend(paths) or original(*paths))
     data, names = draw(small)
     lengths.section(data, names)
     assert len(read) > 10 and len(read) == len(set(read))
