@@ -5,11 +5,14 @@ the default task.
 """
 import re
 
+from _seeds import mean
+
 from core.records import InputError, read_json, read_jsonl
 from report.collect import seed_folders
 from tasks import TASKS, get_task, may_grade
 
 STARTS = ("noise", "clean", "weak")         # whose labels SFT trains on: the first that is there
+CHANGES = ("wrong to right", "right to wrong", "wrong to wrong", "right to right")
 # how a label is wrong: the first that holds, by its calculations and the reference solution's
 KINDS = ("cannot be parsed", "too few steps", "too many steps", "wrong arithmetic",
          "another number or operation")
@@ -70,11 +73,6 @@ def grades(task, pairs):
 
 
 # ---------------------------------------------------------------- what is measured of a seed
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values) if values else None
-
-
 def calculations(text):
     lines = map(str.strip, text.split("\n"))
     return [line for line in lines if line and not line.startswith("####")]
@@ -116,7 +114,7 @@ def lines_and_accuracy(folder, questions):
             count(point.name, rows)
             found["accuracy"][point.name] = 100 * mean(r["correct"] for r in rows)
     pairs = [r for _, p in rounds(folder, "dpo")
-             for r in read(p / "preferences.jsonl", "chosen", "rejected")]
+             for r in read(p / "preferences.jsonl", "prompt", "chosen", "rejected")]
     count("chosen", pairs, "chosen")
     count("rejected", pairs, "rejected")
     return found
@@ -137,16 +135,28 @@ def error_kind(task, text, solution):
     return KINDS[4] if steps and task.final_answer(text) == int(last) else KINDS[3]
 
 
-def changes(task, name, pairs, solutions):
-    """[{change, kind, score, longer}] of (record, old label, new label, prob_b or None)."""
-    words, found = ("wrong", "right"), []
-    for (r, old, new, score), (a, b) in zip(pairs, grades(task, pairs), strict=False):
-        kind = "right" if b else ""
-        if not b and name == "arithmetic" and r["id"] in solutions:
+def tally(task, name, pairs, solutions):
+    """Of the labels replaced, or that may be, (record, old, new, prob_b or None): {n, changes:
+    {change: share}, wrong: share whose new label is wrong, kinds: {kind of new label: count},
+    errors: {kind: share of the wrong new labels}, scores: {kind: mean prob_b}, longer: {right,
+    wrong: share longer than the old label}}."""
+    words, changes, kinds, scores, longer = ("wrong", "right"), [], [], {}, {}
+    for (r, old, new, score), both in zip(pairs, grades(task, pairs), strict=False):
+        changes.append(" to ".join(words[right] for right in both))
+        kind = "right" if both[1] else "wrong"
+        longer.setdefault(kind, []).append(length(new) > length(old))
+        if kind == "wrong" and name == "arithmetic" and r["id"] in solutions:
             kind = error_kind(task, new, solutions[r["id"]])
-        found.append({"change": f"{words[a]} to {words[b]}", "kind": kind, "score": score,
-                      "longer": length(new) > length(old)})
-    return found
+        kinds.append(kind)
+        if score is not None:
+            scores.setdefault(kind, []).append(score)
+    return {"n": len(changes),
+            "changes": {c: mean(x == c for x in changes) for c in CHANGES},
+            "wrong": mean(c.endswith("wrong") for c in changes),
+            "kinds": {k: kinds.count(k) for k in sorted(set(kinds))},
+            "errors": {k: mean(x == k for x in kinds if x in KINDS) for k in KINDS},
+            "scores": {k: mean(v) for k, v in sorted(scores.items())},
+            "longer": {k: mean(v) for k, v in sorted(longer.items())}}
 
 
 def carried(folder):
@@ -160,17 +170,38 @@ def carried(folder):
     return found
 
 
+def less(a, b):
+    """a - b, number by number of nested dicts; None where one of them is None or lacks it."""
+    if isinstance(a, dict):
+        return {key: less(value, b.get(key)) for key, value in a.items()}
+    return None if None in (a, b) else a - b
+
+
+def moved(folder, found):
+    """Of DPO: {lines, accuracy: change from SFT to the last round, taught: lines of chosen less
+    rejected} of what `lines_and_accuracy` found."""
+    last = next((p.name for _, p in reversed(rounds(folder, "dpo"))), "")
+    changes = {what: less(points.get(last), points.get("sft")) for what, points in found.items()}
+    return {**changes, "taught": less(*(found["lines"].get(k) for k in ("chosen", "rejected")))}
+
+
 def measure(run, path):
-    """Everything that one run says: a dict for each seed."""
+    """Everything that one run says: a dict for each seed. run: the number that it gets."""
     name, questions, seeds = open_run(path)
     task = get_task(name)
     for seed, folder in seeds.items():
         unlab = read(folder / "data/unlab.jsonl", "id", "completion")
         solutions = {r["id"]: r["completion"] for r in unlab}
-        labels = {"ilr": replaced(folder, "ilr"), "chance": asked(folder, "ilr"),
+        asked_by = {m: asked(folder, m) for m in ("ilr", "dpo")}
+        labels = {"ilr": replaced(folder, "ilr"), "chance": asked_by["ilr"],
                   "naive": replaced(folder, "naive")}
-        yield {"run": run, "seed": seed,
-               "judge": {m: preference(task, asked(folder, m)) for m in ("ilr", "dpo")},
-               **lines_and_accuracy(folder, folder / f"data/{questions}.jsonl"),
-               "labels": {s: changes(task, name, p, solutions) for s, p in labels.items()},
+        found = lines_and_accuracy(folder, folder / f"data/{questions}.jsonl")
+        tallies = {s: tally(task, name, pairs, solutions) for s, pairs in labels.items()}
+        ilr, chance = tallies["ilr"], tallies["chance"]
+        yield {"run": run, "seed": seed, **found,
+               "judge": {m: preference(task, pairs) for m, pairs in asked_by.items()},
+               "moved": moved(folder, found),
+               "labels": {**tallies, "less": {k: less(ilr[k], chance[k])
+                                              for k in ("changes", "wrong", "longer")}},
+               "accepted": {k: ilr["kinds"].get(k, 0) / n for k, n in chance["kinds"].items()},
                "carried": carried(folder)}

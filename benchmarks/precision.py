@@ -36,13 +36,14 @@ TRAININGS = {
                                      "--stop-accuracy", "0"])}
 
 
-def words(args, stage):
-    """The command line of a stage of the run, as its stages.jsonl has it."""
-    run = Path(args.run).resolve()
+def words(run, bases, seed, stage):
+    """The command line of a stage of the run, as its stages.jsonl has it. IndexError if the run
+    has no such stage."""
+    run = Path(run).resolve()
     with (run / "stages.jsonl").open() as lines:
         rows = map(json.loads, lines)
-        rows = [row for row in rows if row["stage"] == f"seed_{args.seed}/{stage}"]
-    places = {"OUT": str(run), "BASES": str(Path(args.bases).resolve())}
+        rows = [row for row in rows if row["stage"] == f"seed_{seed}/{stage}"]
+    places = {"OUT": str(run), "BASES": str(Path(bases).resolve())}
     found = []
     for flag, values in rows[-1]["arguments"].items():
         if flag.startswith("--") or flag == "words":
@@ -101,17 +102,26 @@ def train(mode, script, argv):
     print(json.dumps(kept))
 
 
+def child(mode, script, argv):
+    """Run `train` in a process of its own, with one thread, and return what it prints of itself.
+    CalledProcessError if it fails."""
+    done = subprocess.run([sys.executable, __file__, "--child", mode, script, *argv], text=True,
+                          stdout=subprocess.PIPE, cwd=ROOT, check=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure(args, name, mode, work):
     stage, script, more = TRAININGS[name]
     out = Path(work) / f"{mode}_{name.partition(',')[0]}_{len(more)}"
     dtype = "float32" if mode == "fp32" else "bfloat16"
-    argv = [*words(args, stage), *more, "--dtype", dtype, "--out", str(out)]
+    argv = [*words(args.run, args.bases, args.seed, stage), *more, "--dtype", dtype,
+            "--out", str(out)]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, __file__, "--child", mode, script, *argv], text=True,
-                          stdout=subprocess.PIPE, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        sys.exit(f"{name}, {mode}: exit {done.returncode}")
+    try:
+        kept = child(mode, script, argv)
+    except subprocess.CalledProcessError as e:
+        sys.exit(f"{name}, {mode}: exit {e.returncode}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
@@ -121,7 +131,7 @@ def measure(args, name, mode, work):
               "margin": mean(steps, "rewards/margins"),
               "stop_loss": [row["stop_loss"] for row in rows if "stop_loss" in row],
               "cpu_seconds": used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime,
-              **json.loads(done.stdout.splitlines()[-1])}
+              **kept}
     return result, change(model, out, auto, mode)
 
 

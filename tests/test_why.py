@@ -3,6 +3,7 @@ import json
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 from conftest import ROOT, everything, preferences
@@ -48,13 +49,12 @@ def make_run(run, shift=0):
         top = run / f"seed_{seed}"
         write_jsonl(top / "data/test.jsonl", [label(i, GOLD) for i in range(4)])
         write_jsonl(top / "data/unlab.jsonl", [label(i, GOLD) for i in range(4)])
-        write_jsonl(top / "weak/labels.jsonl", [label(0, SHORT), label(1, GOLD), label(2, SHORT),
-                                                label(3, GOLD)])
+        write_jsonl(top / "weak/labels.jsonl", [label(i, [SHORT, GOLD][i % 2]) for i in range(4)])
         write_jsonl(top / "weak/labels.graded.jsonl", graded(0, 1, 0, 1))
         compared = [comparison(0, SHORT, GOLD, 0.9), comparison(1, GOLD, LONG, 0.8),
                     comparison(2, SHORT, LONG, 0.7), comparison(3, GOLD, GOLD, None)]
-        write_jsonl(top / "ilr_1/comparisons.jsonl", compared)
-        write_jsonl(top / "dpo_1/comparisons.jsonl", compared)
+        for method in ("ilr", "dpo"):
+            write_jsonl(top / f"{method}_1/comparisons.jsonl", compared)
         write_jsonl(top / "dpo_1/preferences.jsonl", [
             {"id": i, "prompt": "3, 4?", "chosen": chosen, "rejected": SHORT}
             for i, chosen in enumerate((LONG, GOLD))])
@@ -71,7 +71,6 @@ def make_run(run, shift=0):
     return run
 
 
-# ---------------------------------------------------------------- 1: the judge and length
 def test_a_judge_that_prefers_the_longer_side():
     pairs = pairs_of(comparison(0, SHORT, GOLD, 0.9), comparison(1, LONG, GOLD, 0.1),
                      comparison(2, TWO, LONG, 0.6), comparison(3, SHORT, LONG, 0.99),
@@ -95,7 +94,6 @@ def test_a_length_counts_calculations():
     assert [_why.length(t) for t in (GOLD, "\n 1+1=2 \n\n####2", "", "words\nmore")] == [2, 1, 0, 2]
 
 
-# ---------------------------------------------------------------- 3: replacements
 @pytest.mark.parametrize(("text", "kind"), [
     ("3+4=7\n7*2=14", "cannot be parsed"), (SHORT, "too few steps"), (LONG, "too many steps"),
     ("3+4=7\n7*2=15\n#### 15", "wrong arithmetic"), ("3+4=7\nsix\n#### 6", "wrong arithmetic"),
@@ -121,20 +119,19 @@ def test_replacements_are_counted_by_hand(tmp_path):
     assert seed["labels"]["less"]["wrong"] == 0 and seed["accepted"]["too many steps"] == 1
 
 
-# ---------------------------------------------------------------- 2 and 4: lines through points
 def test_slope_and_its_interval():
     def seeds(noise):
         return [{"run": k // 2, "xy": [(x, 10 * k + 0.5 * x + noise * (-1) ** (x + k // 3))
-                                       for x in range(4)]} for k in range(8)]
+                                       for x in range(4)]} for k in range(12)]
     exact = _seeds.fit(seeds(0), lambda s: s["xy"], within=True)
-    assert exact["slope"] == pytest.approx((0.5, 0.5, 0.5))
-    assert exact["correlation"] == pytest.approx((1, 1, 1)) and exact["points"] == 32
+    assert exact["slope"] == pytest.approx((0.5, 0.5, 0.5)) and exact["points"] == 48
+    assert exact["correlation"] == pytest.approx((1, 1, 1))
     slope, low, high = _seeds.fit(seeds(1), lambda s: s["xy"], within=True)["slope"]
     assert low < slope < high
     across = _seeds.fit(seeds(0), lambda s: s["xy"])        # between seeds x says nothing of y
     assert across["slope"][0] == pytest.approx(0.5) and across["correlation"][0] < 0.1
-    two = _seeds.fit(seeds(0)[:4], lambda s: s["xy"], within=True)
-    assert two["slope"] == (pytest.approx(0.5), None, None)     # two runs: nothing to draw
+    four = _seeds.fit(seeds(0)[:8], lambda s: s["xy"], within=True)["slope"]
+    assert four == (pytest.approx(0.5), None, None)     # too few runs to draw from
     assert _seeds.fit([{"run": 0, "xy": [(1, 2)]}], lambda s: s["xy"]) is None
 
 
@@ -157,8 +154,9 @@ def test_labels_and_lengths_of_a_seed(tmp_path):
     assert [row[0]["seeds"][0] for row in gaps.values()] == pytest.approx([25, 25])
 
 
-# ---------------------------------------------------------------- the commands
-def test_why_writes_its_files_and_leaves_the_runs_alone(tmp_path, capsys):
+def test_why_writes_its_files_and_leaves_the_runs_alone(tmp_path):
+    def why_args(runs, out):
+        return Namespace(runs=[str(run) for run in runs], out=str(out))
     runs = [make_run(tmp_path / "runs" / name, shift) for shift, name in enumerate("abc")]
     before, texts = everything(tmp_path / "runs"), []
     for out in ("one", "two"):
@@ -179,10 +177,6 @@ def test_why_writes_its_files_and_leaves_the_runs_alone(tmp_path, capsys):
     assert "dpo_1" not in (tmp_path / "less.md").read_text()
 
 
-def why_args(runs, out):
-    return type("Args", (), {"runs": [str(run) for run in runs], "out": str(out)})
-
-
 @pytest.mark.parametrize("script", ["why", "rounding"])
 def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, script):
     done = subprocess.run([sys.executable, f"benchmarks/{script}.py", tmp_path, "--out",
@@ -191,7 +185,6 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path, script):
     assert "no run folder" in done.stderr and list(tmp_path.iterdir()) == []
 
 
-# ---------------------------------------------------------------- rounding
 def test_steps_that_bf16_cannot_hold_are_lost_to_nearest_and_kept_by_exact(
         tiny, problems, tmp_path, monkeypatch):
     from core import precision as exactly
@@ -238,14 +231,13 @@ def test_what_is_complete_is_not_made_again(tmp_path, monkeypatch):
 
 def test_differences_are_paired_over_seeds_and_over_runs():
     def seed(k, sft, nearest, exact):
-        ways = {"SFT": sft, "rounded SFT": sft, "run fp32": exact, "run nearest": nearest,
-                "run exact": exact}
+        ways = dict(zip(("SFT", "rounded SFT", "run fp32", "run nearest", "run exact"),
+                        (sft, sft, exact, nearest, exact), strict=True))
         grades = {w: {"grades": {i: float(i < n) for i in range(10)}} for w, n in ways.items()}
         return {"run": k // 2, "name": f"seed {k}", "ways": grades}
     seeds = [seed(0, 5, 5, 6), seed(1, 5, 5, 7), seed(2, 4, 5, 7), seed(3, 4, 4, 8)]
     found = rounding.difference(seeds, "run exact", "run nearest")
     assert found["per_seed"] == pytest.approx([10, 20, 20, 40])
-    assert found["mean"] == pytest.approx(22.5)
     assert found["runs"] == pytest.approx((22.5, 12.706 * 10.6066 / 2 ** 0.5), rel=1e-4)
     text, rows = rounding.page(seeds, ["run"])
     assert "| run exact less run nearest | +22.50 | " in text
@@ -253,6 +245,6 @@ def test_differences_are_paired_over_seeds_and_over_runs():
 
 
 def test_adapters_are_not_rounded(tmp_path):
-    argv = ["--model", "m", "--data", "d", "--lora-rank", "8"], []
+    argv = ["--model", "m", "--lora-rank", "8"], []
     with pytest.raises(InputError, match="trains adapters"):
         rounding.of_seed(arithmetic, tmp_path, 0, argv, tmp_path, ["run"])
