@@ -130,6 +130,12 @@ def verdict(found, better):
     return said if found["established"] else "no gain established"
 
 
+# what the verdicts on DPO mean: a sentence for the pages
+NO_GAIN = ("Of DPO the paper says that it does not improve on SFT. *No gain established* fits that "
+           "and does not prove it: the gain may be as large as the interval's upper end. *Holds: "
+           "worse* is said where DPO loses, *does not hold: gains* where it improves.")
+
+
 def contrasts(data):
     """[(finding, point, other point, better)] of the FINDINGS that the run can speak about: both
     points are graded in some seed. The points are those of `points_to_compare`."""

@@ -2,7 +2,7 @@
 from core.records import write_text
 from report import curves, examples, lengths
 from report.caveats import caveats_section
-from report.claims import contrasts, findings, name_of, sentence
+from report.claims import NO_GAIN, contrasts, findings, name_of, sentence
 from report.methods import METHODS, labels_of, methods_of
 from report.settings import settings_section
 from report.tables import (
@@ -67,10 +67,7 @@ def findings_section(data):
     text = (f"Differences in points, with {ends}. Where that includes 0, no difference is "
             "established.")
     if any(not better for *_, better in contrasts(data)):
-        text += (" Of DPO the paper says that it does not improve on SFT. *No gain established* "
-                 "fits that and does not prove it: the gain may be as large as the interval's "
-                 "upper end. *Holds: worse* is said where DPO loses, *does not hold: gains* where "
-                 "it improves.")
+        text += f" {NO_GAIN}"
     return ["## What the paper finds, here\n",
             table(["the paper finds", "here", "verdict"], rows), f"{text}\n"]
 

@@ -1,7 +1,7 @@
 """The page of runs side by side, section by section. report/side_tables.py makes its tables."""
 from core.records import write_json, write_text
 from report.caveats import dialed
-from report.claims import verdict
+from report.claims import NO_GAIN, verdict
 from report.html import write_html
 from report.side import against, all_contrasts, are_draws, differing, numbers, shortened
 from report.side_figures import PANELS, draw
@@ -70,13 +70,12 @@ def pooled_findings(runs, found):
         some = f" ({n} of {len(runs)} runs)" if n < len(runs) else ""
         rows.append([finding, f"{c['mean']:+.1f}{some}", interval(c["mean"], c["within"]),
                      interval(c["mean"], c["over"]), verdict(c, better)])
-    header = ["finding", "points, last rounds", "95%, other seeds", "95%, other base models",
-              "here"]
+    header = ["the paper finds", "here, points", "95%, other seeds", "95%, other base models",
+              "verdict"]
     return [table(header, rows),
-            "Compared is the last round that both methods have. A finding holds only where both "
-            "intervals exclude 0. That something does not help holds where it is established to "
-            "harm; where no gain is established, how large one may be all the same is the upper "
-            "end of the intervals.\n", intervals_text(runs, [c for _, c, _ in found])]
+            "Compared is the last round that both methods have. A difference is established where "
+            f"both intervals exclude 0. {NO_GAIN}\n",
+            intervals_text(runs, [c for _, c, _ in found])]
 
 
 def findings_section(runs, found):
