@@ -11,7 +11,6 @@ that rate, on seeds that no other pair has. A pair of base models that is not th
 All of this was fixed before any test problem was graded. A command that is cut off goes on where
 it was. WORK/pair_B/dpo_lr.json has what the sweep found.
 """
-import argparse
 import json
 import os
 import subprocess
@@ -19,6 +18,8 @@ import sys
 from pathlib import Path
 
 from _bench import ROOT
+
+from core.cli import make_parser, run_stage, whole
 
 LADDER = ("3e-7", "1e-6", "3e-6", "1e-5", "3e-5", "1e-4", "3e-4")      # of learning rates
 TRIED = LADDER[2:5]                 # always; the others where the best is at an end
@@ -85,8 +86,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--pair", type=int, required=True, help="BASE_SEED of the pair of base models")
+    p = make_parser(__doc__, prog="headline.py")
+    p.add_argument("--pair", type=whole, required=True, help="BASE_SEED of the pair of base models")
     p.add_argument("--work", default=ROOT / "runs/headline", help="folder of the runs, kept")
-    main(p.parse_args())
+    run_stage(p, main)

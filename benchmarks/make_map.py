@@ -12,14 +12,13 @@ results/map.json, and map.md and map.png are made of that file, which needs no r
 
 An interval is Student's over the pairs. A sign is established where it excludes 0.
 """
-import argparse
-import sys
 from pathlib import Path
 
 from _bench import ROOT, about, in_words, save
 from headline import ROUNDS, run
 
-from core.records import read_json, read_jsonl
+from core.cli import make_parser, run_stage
+from core.records import InputError, read_json, read_jsonl
 from report.collect import collect
 from report.figures import as_shipped
 from report.prices import prices, within
@@ -47,7 +46,8 @@ def make(args, labels, judge, pair):
     out = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
     rate = read_json(args.headline / f"pair_{pair}" / "dpo_lr.json").get("chosen")
     if not rate:
-        sys.exit(f"{args.headline}: no dpo_lr.json of pair {pair} (benchmarks/headline.py first)")
+        raise InputError(f"{args.headline}: no dpo_lr.json of pair {pair} "
+                         "(benchmarks/headline.py first)")
     if not (out / "report.json").exists():
         # of runs of this pair the nearest: the same labels, else any
         others = [*sorted(args.work.glob(f"{labels}/*/pair_{pair}/report.json")),
@@ -60,12 +60,14 @@ def make(args, labels, judge, pair):
 
 
 def numbers(folder, seed):
-    """What a seed of a run says, in percent, and what it cost; {} where a last round is missing."""
+    """What a seed of a run says, in percent, and what it cost. Raises InputError for a run without
+    the last rounds."""
     data = collect(folder)
     costs, tests = prices(data), data["tests"]
     last = {m: f"{m}_{ROUNDS}" for m in ("ilr", "dpo", "naive")}
     if any(seed not in tests.get(p, {}) for p in ("sft", *last.values())):
-        return {}
+        raise InputError(f"{folder}: seed {seed} has no graded answers of "
+                         f"{', '.join(['sft', *last.values()])}: is the run complete?")
 
     def accuracy(point):
         return round(100 * tests[point][seed][0], 2)
@@ -197,6 +199,8 @@ def draw(found, path):
 
 # ---------------------------------------------------------------- command line
 def write(args, found):
+    if not cells_of(found):
+        raise InputError(f"{args.out}.json: no cells yet, so there is nothing to draw")
     found["about"] = about()
     save(args.out.resolve(), as_text(found), found, indent=1)
     draw(found, f"{args.out}.png")
@@ -206,6 +210,8 @@ def main(args):
     path = Path(f"{args.out}.json")
     found = {"about": {}, "cells": {}, "trained": [], **read_json(path)}
     for folder in args.trained:
+        if not (folder / "config.json").exists():
+            raise InputError(f"--trained {folder}: no run folder: it has no config.json")
         for seed in collect(folder)["seeds"]:
             new = {"run": f"{folder.parent.name}/{folder.name}", "seed": seed,
                    **numbers(folder, seed)}
@@ -223,8 +229,7 @@ def main(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = make_parser(__doc__, prog="make_map.py")
     p.add_argument("--labels", nargs="+", choices=LABELS, help="default: every level")
     p.add_argument("--judge", nargs="+", choices=JUDGES, help="default: every level")
     p.add_argument("--pairs", nargs="+", type=int, default=PAIRS, help="BASE_SEED of each")
@@ -240,4 +245,4 @@ def parser():
 
 
 if __name__ == "__main__":
-    main(parser().parse_args())
+    run_stage(parser(), main)

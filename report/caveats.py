@@ -23,10 +23,13 @@ def dialed(settings):
             ("JUDGE_FLIPS", "{:.0%} of the judge's answers are turned round"),
             ("LABEL_NOISE",
              "{:.0%} of the demonstrations are made wrong, the others references")):
-        text = settings.get(key)
-        used = text and (float(text) > 0 or key == "LABEL_NOISE")      # without noise: references
+        try:
+            share = float(settings.get(key) or "nan")
+        except ValueError:      # config.json was edited by hand
+            continue
+        used = share > 0 or (share == 0 and key == "LABEL_NOISE")      # without noise: references
         if used and key not in unused:
-            found.append(what.format(float(text)))
+            found.append(what.format(share))
     return found
 
 
@@ -51,9 +54,10 @@ def caveats(data):
         if settings.get(key) == value:
             said.append(what)
     for seed, judge in data["judges"].items():
-        if judge.get("held_out_accuracy", 1) <= 0.5:
-            said.append(f"The judge of seed {seed} is right on {judge['held_out_accuracy']:.0%} of "
-                        "its held-out pairs, no better than a coin: it has learnt nothing.")
+        right = judge.get("held_out_accuracy")
+        if right is not None and right <= 0.5:
+            said.append(f"The judge of seed {seed} is right on {right:.0%} of its held-out pairs, "
+                        "no better than a coin: it has learnt nothing.")
     if parts := dialed(settings):
         said.append(f"Supervision is dialed: {'; '.join(parts)}. How unreliable it came out is a "
                     "setting, not a finding.")

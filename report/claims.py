@@ -62,6 +62,16 @@ def unequal_rounds(data, points):
     return found
 
 
+def compared(data, a, b):
+    """What `paired` finds of two points, and `of`, the number of seeds with any answers. Where only
+    one of several has both, nothing is established: no interval says anything of the others."""
+    found = paired(data["answers"], a, b)
+    if found:
+        found["of"] = len({seed for by_seed in data["answers"].values() for seed in by_seed})
+        found["established"] &= not len(found["per_seed"]) == 1 < found["of"]
+    return found
+
+
 def claims(data):
     """[{a, b, and what `paired` finds of them}], a and b being names for the report, with rounds.
 
@@ -82,7 +92,7 @@ def claims(data):
         named += [(*points, name_of(points[1])) for points in readings if points]
     found = []
     for point, other, name in named:
-        if difference := paired(data["answers"], point, other):
+        if difference := compared(data, point, other):
             found.append({"a": name_of(point), "b": name, **difference})
     return found
 
@@ -109,7 +119,13 @@ def sentence(claim):
     seeds = ""
     if len(claim["per_seed"]) > 1:
         seeds = "; by seed " + ", ".join(f"{sign * d:+.1f}" for d in claim["per_seed"])
-    return f"- {what} ({intervals}{seeds})."
+    return f"- {what} ({intervals}{seeds}{of_seeds(claim)})."
+
+
+def of_seeds(found):
+    """'; 1 of 2 seeds' where a difference lacks seeds."""
+    n = len(found["per_seed"])
+    return f"; {n} of {found['of']} seeds" if n < found.get("of", n) else ""
 
 
 def nothing_differs(found):
@@ -155,9 +171,9 @@ def findings(data):
     that the run can speak about. The interval is the widest of the claims' intervals."""
     rows = []
     for finding, a, b, better in contrasts(data):
-        found = paired(data["answers"], a, b)
+        found = compared(data, a, b)
         low, high = widest(found)
-        difference = f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f})"
+        difference = f"{found['mean']:+.1f} ({low:+.1f} to {high:+.1f}{of_seeds(found)})"
         if nothing_differs(found):
             difference = "+0.0 (no problem is graded otherwise)"
         rows.append((finding, difference, verdict(found, better)))

@@ -1,15 +1,27 @@
 """Read what the files of a run folder say. What a run has not made yet is absent."""
 import re
 
-from core.records import read_json, read_jsonl
+from core.records import InputError, read_json, read_jsonl
 from report.methods import POINTS, method_and_round
 from tasks import TASKS, get_task, unparsed
 
 
 def seed_folders(run):
     """{seed: folder}, in order of the seeds."""
-    folders = {int(p.name[5:]): p for p in run.glob("seed_*") if p.name[5:].isdigit()}
+    folders = {int(p.name[5:]): p for p in run.glob("seed_*")
+               if re.fullmatch("seed_[0-9]+", p.name) and p.is_dir()}
     return dict(sorted(folders.items()))
+
+
+def grades(path, fields=("id", "correct"), key=("id",)):
+    """[(record, its grade)] of a graded file. Raises InputError for a grade that is none."""
+    found = []
+    for r in read_jsonl(path, fields, key):
+        grade = r["correct"]
+        if not isinstance(grade, (int, float)) or not 0 <= grade <= 1:
+            raise InputError(f"{path}: correct is {grade!r}: expected a number from 0 to 1")
+        found.append((r, grade))
+    return found
 
 
 def graded_answers(seeds):
@@ -18,8 +30,7 @@ def graded_answers(seeds):
     for seed, folder in seeds.items():
         for path in graded_files(folder):
             retrains = answers.setdefault(path.parent.name, {}).setdefault(seed, [])
-            rows = read_jsonl(path, ("id", "correct"))
-            retrains.append({r["id"]: r["correct"] for r in rows})
+            retrains.append({r["id"]: grade for r, grade in grades(path)})
     return answers
 
 
@@ -60,8 +71,8 @@ def graded_labels(seeds):
     labels = {}
     for seed, folder in seeds.items():
         for path in sorted(folder.glob("*/labels.graded.jsonl")):
-            rows = read_jsonl(path, ("correct",), ())
-            share = sum(r["correct"] for r in rows) / len(rows)
+            found = [grade for _, grade in grades(path, ("correct",), ())]
+            share = sum(found) / len(found)
             labels.setdefault(path.parent.name, {})[seed] = [share]
     return labels
 
@@ -78,10 +89,14 @@ def summaries(seeds, *names):
 
 def stage_seconds(run):
     """({path below the run folder: (stage that wrote it, its seconds)}, seconds of the whole run
-    or None) from stages.jsonl: of several rows for a path the first one that has seconds."""
+    or None) from stages.jsonl: of several rows for a path the first one that has seconds. Nothing
+    where the file cannot be read: a kill may have torn it."""
     made, whole_run = {}, None
-    path = run / "stages.jsonl"
-    for row in read_jsonl(path, ("stage",), ()) if path.exists() else []:
+    try:
+        rows = read_jsonl(run / "stages.jsonl", ("stage",), ())
+    except InputError:
+        rows = []
+    for row in rows:
         if "seconds" not in row:
             continue
         if row["stage"] == "whole run" and whole_run is None:
@@ -121,13 +136,14 @@ def collect(run):
     judges = {s: read_json(folder / "judge/model/judge.json") for s, folder in seeds.items()}
     seconds, whole_run = stage_seconds(run)
     config = read_json(run / "config.json")
-    settings = config.get("settings", {})
+    settings = config.get("settings")
+    settings = {k: str(v) for k, v in settings.items()} if isinstance(settings, dict) else {}
     name = settings.get("TASK") if settings.get("TASK") in TASKS else ""
     return {"run": run, "seeds": list(seeds), "answers": answers, "tests": tests,
             "labels": graded_labels(seeds), "comparisons": summaries(seeds, "comparisons"),
             "refinements": summaries(seeds, "labels", "preferences"),
             "judges": {s: judge for s, judge in judges.items() if judge},
-            "seconds": seconds, "whole_run": whole_run, "config": config,
+            "seconds": seconds, "whole_run": whole_run, "config": {**config, "settings": settings},
             "settings": settings, "unknown": unknown_folders(seeds),
             "metric": getattr(name and get_task(name), "METRIC", "accuracy"), "n_test": n_test,
             "nothing": why_nothing(seeds, tests, name)}

@@ -22,7 +22,7 @@ GREY, GOLD = "#444444", "#999999"
 
 # ---------------------------------------------------------------- what is read
 def number(value):
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < 1e300      # an int may be past all floats
 
 
 def read_curve(path):

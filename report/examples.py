@@ -107,10 +107,15 @@ def labels_part(data, folder):
                   "reference": r.get("reference"),
                   "old label": f"{in_words(r['was'])}: {with_grade(r['old'], r['was'])}",
                   "new label": with_grade(r["completion"], r["now"]),
-                  "prob_b": "" if r.get("prob_b") is None else f"{r['prob_b']:.2f}"}
+                  "prob_b": probability(r, "prob_b")}
                  for r in chosen]
         text += of_kind(what, shown, total)
     return text
+
+
+def probability(r, field):
+    """'0.83', or '' where the record has no such number."""
+    return f"{r[field]:.2f}" if isinstance(r.get(field), (int, float)) else ""
 
 
 # ---------------------------------------------------------------- pairs that DPO kept
@@ -140,7 +145,7 @@ def pair_row(r):
             "chosen": with_grade(r["chosen"], r["chosen_is"]),
             "rejected": f"{in_words(r['rejected_is'])}: "
                         f"{with_grade(r['rejected'], r['rejected_is'])}",
-            "prob_chosen": f"{r['prob_chosen']:.2f}" if r.get("prob_chosen") is not None else ""}
+            "prob_chosen": probability(r, "prob_chosen")}
 
 
 def pairs_part(data, folder):

@@ -52,8 +52,8 @@ def save(figure, path, handles):
         column = 0.7 + 0.065 * max(map(len, handles))
         figure.legend(handles.values(), handles, loc="outside lower center", frameon=False,
                       ncols=int(figure.get_figwidth() / column), fontsize=9, handlelength=3.4)
-    unfinished = path.with_suffix(".writing.png")
-    figure.savefig(unfinished, dpi=150, metadata={"Software": None})
+    unfinished = path.with_name(f".{path.name}.writing")
+    figure.savefig(unfinished, dpi=150, metadata={"Software": None}, format="png")
     unfinished.replace(path)
 
 

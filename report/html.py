@@ -41,11 +41,11 @@ def write_html(path):
                          "requirements.txt); the rest of the report is written") from None
 
     def inline(match):
-        data = base64.b64encode((path.parent / match[1]).read_bytes()).decode()
-        return f'src="data:image/png;base64,{data}"'
+        data = base64.b64encode((path.parent / match[2]).read_bytes()).decode()
+        return f'{match[1]}"data:image/png;base64,{data}"'
 
     text = path.read_text(encoding="utf-8")
     title = text.partition("\n")[0].lstrip("# ")
     body = markdown.markdown(text, extensions=["tables"])
-    body = re.sub(r'src="([^":]+\.png)"', inline, body)
+    body = re.sub(r'(<img [^<>]*src=)"([\w-]+\.png)"', inline, body)
     write_text(path.with_suffix(".html"), PAGE.format(title=title, style=STYLE, body=body))

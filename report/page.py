@@ -10,6 +10,7 @@ from report.tables import (
     beside_table,
     budget_table,
     label_table,
+    plain,
     price_table,
     table,
 )
@@ -27,11 +28,11 @@ def heading(data):
         what = f"nothing was learnt, the {data['metric']} is 0 everywhere"
         warning = [f"No comparison on this page says anything: {data['nothing']}.\n"]
     return [
-        f"# {settings.get('TASK', data['run'].name)}: {what}\n",
+        f"# {plain(settings.get('TASK') or data['run'].name)}: {what}\n",
         *warning,
         f"{n_seeds} seed(s): {', '.join(map(str, data['seeds']))}. "
         f"{data['metric'].capitalize()} in percent on {data['n_test']:,} "
-        f"{settings.get('EVAL', 'test')} problems a seed, {trainings}.\n"]
+        f"{plain(settings.get('EVAL', 'test'))} problems a seed, {trainings}.\n"]
 
 
 def claims_section(data, said, drawn):

@@ -38,7 +38,9 @@ def accuracy(path, title, ylabel, panels, several):
         if several:
             at = {k: [rounds[k] for rounds in lines.values() if k in rounds]
                   for k in range(last + 1)}
-            means = {k: mean_interval(values) for k, values in at.items() if values}
+            # a mean over some of the runs would move because they are others
+            means = {k: mean_interval(values) for k, values in at.items()
+                     if len(values) == len(lines)}
             halves = [half if half and len(at[k]) > 2 else 0 for k, (_, half) in means.items()]
             a.errorbar(list(means), [mean for mean, _ in means.values()], halves,
                        **{**line_style(method), "lw": 2.6, "marker": ""}, elinewidth=1.2,

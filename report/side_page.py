@@ -19,7 +19,7 @@ from report.side_tables import (
     runs_table,
     supervision_table,
 )
-from report.tables import plain, table
+from report.tables import plain, some, table
 
 
 def heading(runs):
@@ -29,15 +29,15 @@ def heading(runs):
     for key in dict.fromkeys(["METHODS", "ROUNDS", *differ]):
         rows[key] = differ.get(key) or [shortened(run["settings"].get(key, "")) for run in runs]
     seeds = ["seeds", *(", ".join(map(str, run["seeds"])) for run in runs)]
-    unlike = [[key, *(plain(v) if v else "" for v in values)] for key, values in rows.items()
+    unlike = [[plain(key), *(plain(v) if v else "" for v in values)] for key, values in rows.items()
               if len(set(values)) > 1]
-    shared = [f"{key}: {plain(values[0])}" for key, values in rows.items()
+    shared = [f"{plain(key)}: {plain(values[0])}" for key, values in rows.items()
               if len(set(values)) == 1 and values[0]]
     what = ("Each has base models of its own. A mean is over the runs, each the mean of its seeds."
             if are_draws(runs) else "Base models are shared, so no mean is taken over the runs.")
     return [f"# {plain(settings.get('TASK') or 'Runs')}: {len(runs)} runs side by side\n",
             f"{what} {runs[0]['metric'].capitalize()} in percent on "
-            f"{settings.get('EVAL') or 'test'} problems.\n",
+            f"{plain(settings.get('EVAL') or 'test')} problems.\n",
             table(["", *names(runs)], [seeds, *unlike]),
             f"The same in all: {'; '.join(shared)}. Other settings, and library versions, are "
             "shown where they differ.\n"]
@@ -66,9 +66,8 @@ def pooled_findings(runs, found):
     """The findings over runs that are draws."""
     rows = []
     for finding, c, better in found:
-        n = len(c["runs"])
-        some = f" ({n} of {len(runs)} runs)" if n < len(runs) else ""
-        rows.append([finding, f"{c['mean']:+.1f}{some}", interval(c["mean"], c["within"]),
+        mean = some(f"{c['mean']:+.1f}", c["runs"], runs, "runs")
+        rows.append([finding, mean, interval(c["mean"], c["within"]),
                      interval(c["mean"], c["over"]), verdict(c, better)])
     header = ["the paper finds", "here, points", "95%, other seeds", "95%, other base models",
               "verdict"]
@@ -178,8 +177,9 @@ def caveats(runs, contrasts):
                         "what other problems would give.")
         others = [k for k in differing(runs) if k not in ("BASE_SEED", "METHODS", "ROUNDS")]
         if others:
-            said.append(f"The runs differ in more than base models and seeds: {', '.join(others)}. "
-                        "A mean over the runs is over these too.")
+            said.append("The runs differ in more than base models and seeds: "
+                        f"{', '.join(map(plain, others))}. A mean over the runs is over these "
+                        "too.")
     else:
         said = ["Runs that share base models say nothing of other base models, and runs that share "
                 "seeds nothing of other seeds."]

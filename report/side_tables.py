@@ -4,7 +4,7 @@ from report.claims import nothing_differs
 from report.methods import METHODS, labels_name, labels_of, methods_of, points_of, rounds_of
 from report.side import are_draws, point_name
 from report.statistics import over_seeds, widest
-from report.tables import cell, percent, plain, round_headings, table
+from report.tables import cell, percent, plain, round_headings, some, table
 
 BESIDE = {"weak": "weak model alone", "gold": "ceiling: SFT on gold labels"}
 
@@ -43,7 +43,7 @@ def differences_table(runs, contrasts):
         if draws:
             row = [f"{f['mean']:+.1f}" if f else "" for f in cells]
             halves = ["" if c[k] is None else f"± {c[k]:.1f}" for k in ("within", "over")]
-            row += [bold(f"{c['mean']:+.1f}", c), *halves]
+            row += [some(bold(f"{c['mean']:+.1f}", c), c["runs"], runs, "runs"), *halves]
         else:
             row = [bold(own(f), f) if f else "" for f in cells]
         rows.append([c["title"], *row])
@@ -90,7 +90,7 @@ def over_runs(runs, point):
     """A cell: mean over the runs that have the point, ± Student's 95% interval over them."""
     means = {run["name"]: mean_of(run, point) for run in runs}
     found = {name: [mean / 100] for name, mean in means.items() if mean is not None}
-    return cell(found) if found else ""
+    return some(cell(found), found, runs, "runs") if found else ""
 
 
 def all_methods(runs):

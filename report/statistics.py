@@ -74,11 +74,13 @@ def over_groups(groups):
 def pooled(groups):
     """{mean, within, over, established} of the groups of `within_groups`; the half widths are None
     where they are not known. Established: the interval over groups excludes 0, and so does the one
-    within them, if there is one."""
+    within them, if there is one. Where neither has a width, grades came out alike because they come
+    in steps: that establishes nothing."""
     within, (mean, over) = within_groups(groups), over_groups(groups)
     known = [half for half in (within, over) if half is not None]
     return {"mean": mean, "within": within, "over": over,
-            "established": over is not None and all(abs(mean) > half for half in known)}
+            "established": over is not None and any(known)
+            and all(abs(mean) > half for half in known)}
 
 
 def bootstrap(differences, draws=10_000):

@@ -61,6 +61,11 @@ def cell(by_seed, n=0):
     return f"{mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
+def some(text, found, of, what):
+    """A cell that says where it is not of all: '61.0 (1 of 2 seeds)'."""
+    return text if len(found) == len(of) else f"{text} ({len(found)} of {len(of)} {what})"
+
+
 def percent(summaries, key, error=False):
     """'63.7' from {seed: summary}, mean over seeds; '' where none has the number."""
     mean = average(summaries, key, error)
@@ -84,8 +89,8 @@ def accuracy_table(data):
     rows = []
     for m in methods:
         points = points_of(data, m)
-        cells = [cell(data["tests"][points[k]], data["n_test"]) if k in points else ""
-                 for k in range(last + 1)]
+        cells = [some(cell(data["tests"][points[k]], data["n_test"]), data["tests"][points[k]],
+                      data["seeds"], "seeds") if k in points else "" for k in range(last + 1)]
         rows.append([METHODS[m].NAME, *cells])
     if not methods:
         sft = data["tests"].get("sft")

@@ -17,8 +17,9 @@ import evaluate
 from core.records import InputError, write_json, write_jsonl
 from report import figures, statistics
 from report.caveats import caveats
-from report.claims import claims, contrasts, findings, sentence
+from report.claims import claims, compared, contrasts, findings, sentence
 from report.collect import collect
+from report.html import write_html
 from report.methods import METHODS
 from report.statistics import paired
 
@@ -754,3 +755,45 @@ def test_supervision_by_seed_and_round(run_folder):
     assert table_row(text, "0") == ["50.0", "20.0", "20.0", *more[:2], "70.0, 60.0", "40.0, 30.0",
                                     *more]
     assert table_row(text, "1")[6] == "50.0, 40.0" and table_row(text, "mean")[6] == "45.0, 35.0"
+
+
+# ---------------------------------------------------------------- a run of which seeds are missing
+def test_one_seed_of_several_establishes_nothing():
+    same = {i: 0.0 for i in range(100)}
+    better = {i: 1.0 for i in range(100)}
+    data = {"answers": {"a": {1: [better], 2: [better]}, "b": {2: [same]}}}
+    found = compared(data, "a", "b")
+    assert (found["per_seed"], found["of"], found["established"]) == ([100.0], 2, False)
+    assert "; 1 of 2 seeds)" in sentence({**found, "a": "a", "b": "b"})
+    del data["answers"]["a"][1]
+    assert compared(data, "a", "b")["established"]
+
+
+@pytest.mark.parametrize("grade", ['"x"', "null", "[1]", "2", "-1", "1e999"])
+def test_a_grade_that_is_none_is_named(tmp_path, grade):
+    path = tmp_path / "seed_0/sft/eval_1.graded.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"id": 1, "completion": "", "correct": ' + grade + "}\n")
+    with pytest.raises(InputError, match="sft/eval_1.graded.jsonl"):
+        collect(tmp_path)
+
+
+def test_a_config_that_was_edited_badly_ends_no_report(tmp_path):
+    (tmp_path / "seed_²").mkdir()
+    (tmp_path / "seed_9").write_text("a file")
+    (tmp_path / "stages.jsonl").write_text('{"stage": "a", "sec')
+    for settings in ({"ROUNDS": 3, "WEAK_ACCURACY": "45%"}, [], None):
+        write_json(tmp_path / "config.json", {"settings": settings})
+        data = collect(tmp_path)
+        assert data["seeds"] == [] and data["seconds"] == {}
+        assert all(isinstance(v, str) for v in data["settings"].values())
+        assert caveats({**data, "seeds": [0]})
+
+
+def test_the_page_takes_in_its_own_figures_only(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "r.md").write_text('# T\n\n![a](a.png)\n\n    --x src="b.png" src="gone.png"\n')
+    write_html(tmp_path / "r.md")
+    html = (tmp_path / "r.html").read_text()
+    assert html.count("data:image/png") == 1 and "gone.png" in html

@@ -196,7 +196,8 @@ def test_a_run_that_has_not_finished_shows_blanks(pairs, tmp_path):
     assert table_row(text, "ILR improves on SFT") == [
         "+11.2 (2 of 4 runs)", f"{11.25 - 12.706 * np.sqrt(12.5 * 1.5) / 2:+.1f} to "
         f"{11.25 + 12.706 * np.sqrt(12.5 * 1.5) / 2:+.1f}", "-36.4 to +58.9", "not established"]
-    assert table_row(under("Accuracy by round", text), "ILR") == ["50.0 ± 0.0", "61.2 ± 47.6"]
+    assert table_row(under("Accuracy by round", text), "ILR") == [
+        "50.0 ± 0.0 (3 of 4 runs)", "61.2 ± 47.6 (2 of 4 runs)"]
     caveats = under("Caveats", text).replace("\\_", "_")
     for name in ("pair_1", "pair_2"):
         assert f"- {name} lacks points, of some seeds or of all: ilr_1.\n" in caveats
@@ -226,7 +227,7 @@ def test_rounds_that_every_run_is_to_have(pairs, tmp_path):
     text, _ = side(*pairs, "--out", tmp_path / "out")
     assert "ILR minus SFT, round 1" in text and "ILR minus SFT, round 2" not in text
     assert table_row(under("Of each run", text), "ILR")[0] == "57.5, 55.0"
-    assert table_row(under("Accuracy by round", text), "ILR")[2] == "55.0"      # of one run
+    assert table_row(under("Accuracy by round", text), "ILR")[2] == "55.0 (1 of 3 runs)"
 
 
 def test_what_a_mean_over_runs_mixes_is_said(pairs, tmp_path):
@@ -352,3 +353,11 @@ def test_names_and_settings_are_shown_and_do_nothing(pairs, tmp_path):
               re.findall(r"<tr>(.*?)</tr>", html.partition("What the paper")[0], re.S)}
     assert widths == {3}
     assert html.count("<img ") == 2
+
+
+# ---------------------------------------------------------------- what a row of a mean may say
+def test_a_tie_of_single_seeds_establishes_nothing():
+    """Grades come in steps: two runs of a seed each may well gain the same."""
+    tie = statistics.pooled([[0.4], [0.4]])
+    assert tie["over"] == 0 and not tie["established"]
+    assert statistics.pooled([[0.4], [0.5], [0.45]])["established"]
