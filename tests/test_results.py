@@ -1,18 +1,22 @@
-"""results/ is one run's report; the tables of README.md and docs/evidence.md are its tables.
+"""results/ is a report over runs; the tables of README.md and docs/evidence.md are its tables.
 
 `PYTHONPATH=. python tests/test_results.py` writes them there.
 """
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from report.claims import sentence
 from report.methods import METHODS, points_of
-from report.tables import cell
+from report.side_tables import over_runs
+from report.statistics import pooled
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import make_map  # noqa: E402
+
 PAGES = [ROOT / "README.md", ROOT / "docs/evidence.md"]
 TABLE = re.compile(r"(?<=<!-- results: )(.*?) -->\n.*?<!-- end -->", re.S)
 
@@ -39,19 +43,28 @@ def test_pages_have_the_tables_of_the_report(page):
 
 def test_the_report_has_the_numbers_of_its_json():
     found = json.loads((ROOT / "results/report.json").read_text())
-    assert len(found["seeds"]) >= 5
+    runs = found["runs"]
+    seeds = [seed for run in runs for seed in run["seeds"]]
+    assert len(runs) >= 4 and len(set(seeds)) == len(seeds) >= 12 and found["own_base_models"]
     rows = dict(re.findall(r"^\| ([\w-]+) \| (.*) \|$", table_under("Accuracy by round"), re.M))
-    for m in {p.rpartition("_")[0] for p in found["tests"]} & set(METHODS):
-        cells = [cell(found["tests"][p]) for p in points_of(found, m).values()]
-        assert rows[METHODS[m].NAME].split(" | ")[:len(cells)] == cells
-    for claim in found["claims"]:
-        assert sentence(claim) in (ROOT / "results/report.md").read_text()
+    for m in {p.rpartition("_")[0] for run in runs for p in run["tests"]} & set(METHODS):
+        points = points_of({"tests": runs[0]["tests"]}, m)
+        assert rows[METHODS[m].NAME].split(" | ") == [over_runs(runs, p) for p in points.values()]
+    for c in found["contrasts"]:
+        again = pooled([list(of_run["per_seed"].values()) for of_run in c["runs"].values()])
+        assert {k: c[k] for k in again} == again
+
+
+def test_the_map_is_what_its_numbers_say():
+    found = json.loads((ROOT / "results/map.json").read_text())
+    assert (ROOT / "results/map.md").read_text() == make_map.as_text(found) + "\n"
 
 
 def test_the_page_needs_nothing_beside_it():
     html = (ROOT / "results/report.html").read_text()
     assert re.findall(r'src="(?!data:image/png;base64,)', html) == []
-    assert html.count("<img ") == len(list((ROOT / "results").glob("*.png"))) >= 4
+    figures = (ROOT / "results/report.md").read_text().count("![")
+    assert html.count("<img ") == figures >= 2
 
 
 if __name__ == "__main__":
