@@ -83,7 +83,7 @@ def numbers(folder, seed):
             "dpo_lr": data["settings"]["DPO_LR"],
             "commit": (read_json(folder / "config.json").get("commit") or "")[:7],
             "cpu_seconds": round(sum(r.get("cpu_seconds") or 0 for r in rows
-                                     if r["stage"] != "whole run"))}
+                                     if r["stage"] != "whole run" and "from" not in r))}
 
 
 def right_on(data, point, seed):

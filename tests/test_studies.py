@@ -72,6 +72,7 @@ def a_run(folder, asked=None):
     write_json(folder / "config.json", {"commit": "abcdef012345", "settings": {
         "TASK": "arithmetic", "JUDGE": "simulated", "DPO_LR": "1e-5"}})
     write_jsonl(folder / "stages.jsonl", [{"stage": "a", "cpu_seconds": 2.0},
+                                          {"stage": "b", "cpu_seconds": 9.0, "from": "elsewhere"},
                                           {"stage": "whole run", "cpu_seconds": 5.0}])
 
 
