@@ -185,6 +185,26 @@ def moved(folder, found):
     return {**changes, "taught": less(*(found["lines"].get(k) for k in ("chosen", "rejected")))}
 
 
+def judged_right(folder, method):
+    """The share of the pairs with one right side, of all rounds of a method, that its judge was
+    right on; None where it was asked about none."""
+    found = [read_json(at / "comparisons.jsonl.summary") for _, at in rounds(folder, method)]
+    counts = [(s["accuracy"] * s["decisive"], s["decisive"]) for s in found if s.get("decisive")]
+    return sum(right for right, _ in counts) / sum(n for _, n in counts) if counts else None
+
+
+def gains(found):
+    """{(method, other): points of test accuracy in the last round that ILR has}. found: what
+    `measure` has of the seed so far."""
+    k = max((int(p.rpartition("_")[2]) for p in found["carried"] if p.startswith("ilr_")),
+            default=0)
+    tests = {**found["accuracy"], **{p: y for p, (_, y) in found["carried"].items()}}
+    at = {"sft": "sft", **{m: f"{m}_{k}" for m in ("ilr", "dpo", "naive")}}
+    return {f"{a} {b}": tests[at[a]] - tests[at[b]]
+            for a, b in (("ilr", "sft"), ("ilr", "dpo"), ("ilr", "naive"), ("dpo", "sft"))
+            if at[a] in tests and at[b] in tests}
+
+
 def measure(run, path):
     """Everything that one run says: a dict for each seed. run: the number that it gets."""
     name, questions, seeds = open_run(path)
@@ -198,10 +218,12 @@ def measure(run, path):
         found = lines_and_accuracy(folder, folder / f"data/{questions}.jsonl")
         tallies = {s: tally(task, name, pairs, solutions) for s, pairs in labels.items()}
         ilr, chance = tallies["ilr"], tallies["chance"]
+        found["carried"] = carried(folder)
         yield {"run": run, "seed": seed, **found,
                "judge": {m: preference(task, pairs) for m, pairs in asked_by.items()},
                "moved": moved(folder, found),
                "labels": {**tallies, "less": {k: less(ilr[k], chance[k])
                                               for k in ("changes", "wrong", "longer")}},
                "accepted": {k: ilr["kinds"].get(k, 0) / n for k, n in chance["kinds"].items()},
-               "carried": carried(folder)}
+               "judged_right": {m: judged_right(folder, m) for m in ("ilr", "dpo")},
+               "gains": gains(found)}

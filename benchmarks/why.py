@@ -1,9 +1,10 @@
-"""Why: four measured answers from finished run folders, which are only read.
+"""Why: five measured answers from finished run folders, which are only read.
 
     python benchmarks/why.py RUN [RUN ...] --out benchmarks/results/why
 
 1 does the judge prefer longer answers?  2 does DPO follow it?  3 what are ILR's wrong
-replacements?  4 how far do labels' gains carry to the test problems?  _why.py measures.
+replacements?  4 how far do labels' gains carry to the test problems?  5 do the methods' gains
+follow the judge's accuracy?  _why.py measures.
 
 A run counts as one pair of base models. ± is Student's 95% interval, over the seeds or over the
 means of the runs. That of a slope or correlation is of a bootstrap that draws whole runs (2,000
@@ -31,7 +32,7 @@ PAIRS = {"prefers": "one right side: the judge prefers the longer",
 SOURCES = {"ilr": "ILR", "chance": "all asked about", "naive": "naive"}
 
 
-# ---------------------------------------------------------------- the four answers: {row: columns}
+# ---------------------------------------------------------------- the five answers: {row: columns}
 def judged(seeds):
     return rows(PAIRS, *(lambda key, m=m: at(seeds, "judge", m, key, scale=100)
                          for m in ("ilr", "dpo")))
@@ -112,6 +113,23 @@ def at_equal_labels(seeds):
     return {words: row for words, row in found.items() if any(row)}
 
 
+GAINS = {"ilr sft": "ILR less SFT", "ilr dpo": "ILR less DPO", "ilr naive": "ILR less naive",
+         "dpo sft": "DPO less SFT"}
+
+
+def against_judge(seeds, gain):
+    """`fit` of a gain to the judge's accuracy on the pairs that the gaining method asked about."""
+    def point(s):
+        xy = dig(s, "judged_right", gain.partition(" ")[0]), dig(s, "gains", gain)
+        return [] if None in xy else [(100 * xy[0], xy[1])]
+    return [fit(seeds, point)]
+
+
+def by_judge(seeds):
+    found = {words: against_judge(seeds, gain) for gain, words in GAINS.items()}
+    return {words: row for words, row in found.items() if any(row)}
+
+
 # ---------------------------------------------------------------- the figure
 def dot(axes, x, found, method):
     """Mean and interval over the seeds, and the seeds themselves beside it, at x."""
@@ -178,13 +196,27 @@ def draw_carried(axes, seeds, handles):
              title="4  From labels to test problems")
 
 
+def draw_gains(axes, seeds, handles):
+    for m, color, shape, fill in (("dpo", "0.1", "o", "0.1"), ("naive", "0.1", "^", "white")):
+        xy = [(100 * s["judged_right"]["ilr"], s["gains"][f"ilr {m}"]) for s in seeds
+              if f"ilr {m}" in s["gains"] and s["judged_right"]["ilr"] is not None]
+        if xy:
+            handles[f"ILR less {METHODS[m].NAME}"], = axes.plot(
+                *zip(*xy, strict=True), shape, color=color, mfc=fill, ms=6)
+    axes.axhline(0, color="0.35", ls=":", lw=1.2)
+    axes.set(xlabel="judge right on ILR's pairs (%)", ylabel="points in the last round",
+             title="5  ILR's lead, and its judge")
+
+
 @figures.as_shipped()
 def draw(seeds, path):
     from matplotlib.figure import Figure
-    figure, handles = Figure(layout="constrained", figsize=(10.5, 9)), {}
+    figure, handles = Figure(layout="constrained", figsize=(10.5, 12.5)), {}
     figure.suptitle(f"Why: {len(seeds)} seeds; bars are means and their 95% intervals", fontsize=12)
-    for axes, panel in zip(figure.subplots(2, 2).flat,
-                           (draw_judge, draw_dpo, draw_changes, draw_carried), strict=True):
+    panels = (draw_judge, draw_dpo, draw_changes, draw_carried, draw_gains)
+    *all_axes, empty = figure.subplots(3, 2).flat
+    empty.remove()
+    for axes, panel in zip(all_axes, panels, strict=True):
         panel(axes, seeds, handles)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
@@ -215,7 +247,10 @@ def page(seeds, runs):
          linear, lines_through(seeds), 2),
         ("4 ILR's test accuracy less naive's", "Points; the slope counts as known.",
          doubled("difference"),
-         at_equal_labels(seeds), 1))
+         at_equal_labels(seeds), 1),
+        ("5 Do gains follow the judge?", "Points in the last round for each point of the judge's "
+         "accuracy on the pairs with one right side that ILR (DPO less SFT: DPO) asked about.",
+         linear, by_judge(seeds), 2))
     lines = [f"Seeds: {len(seeds)}; pairs of base models: {len(runs)}. ± is 95%.", ""]
     for title, note, columns, found, digits in parts:
         if found:
