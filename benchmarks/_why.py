@@ -93,11 +93,12 @@ def preference(task, pairs):
                 rest.append(longer)
             else:
                 one.append((longer, right_b == b_longer))
+    if_longer = mean(p for p, right in one if right)
+    if_shorter = mean(1 - p for p, right in one if not right)
     return {"prefers": mean(p for p, _ in one), "right": mean(right for _, right in one),
             "excess": mean(p - right for p, right in one),
-            "if_longer": mean(p for p, right in one if right),
-            "if_shorter": mean(1 - p for p, right in one if not right),
-            "rest": mean(rest), "pairs": (len(one), len(rest))}
+            "if_longer": if_longer, "if_shorter": if_shorter,
+            "lean": less(if_shorter, if_longer), "rest": mean(rest), "pairs": (len(one), len(rest))}
 
 
 def lines_and_accuracy(folder, questions):

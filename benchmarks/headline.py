@@ -39,8 +39,9 @@ def run(out, **settings):
 
 
 def sweep(work, pair):
-    """{rate: accuracies by seed after the last round} of DPO on validation problems."""
-    found, first = {}, None
+    """({rate: accuracies by seed after the last round} of DPO, SFT's by seed) on validation
+    problems."""
+    found, sft, first = {}, {}, None
 
     def measure(rate):
         nonlocal first
@@ -49,8 +50,9 @@ def sweep(work, pair):
         run(out, BASE_SEED=str(pair), EVAL="validation", SEEDS=VALIDATION, METHODS="dpo",
             ROUNDS=str(ROUNDS), DPO_LR=rate, **source)
         first = first or out
-        tests = json.loads((out / "report.json").read_text())["tests"][f"dpo_{ROUNDS}"]
-        found[rate] = {seed: shares[0] for seed, shares in tests.items()}
+        tests = json.loads((out / "report.json").read_text())["tests"]
+        found[rate] = {seed: shares[0] for seed, shares in tests[f"dpo_{ROUNDS}"].items()}
+        sft.update({seed: shares[0] for seed, shares in tests["sft"].items()})
 
     for rate in TRIED:
         measure(rate)
@@ -59,7 +61,7 @@ def sweep(work, pair):
         at = LADDER.index(best(found))
         beyond = at - 1 if at == low else at + 1 if at == high else -1
         if not 0 <= beyond < len(LADDER):
-            return found
+            return found, sft
         measure(LADDER[beyond])
 
 
@@ -76,10 +78,10 @@ def best(found):
 
 def main(args):
     work = Path(args.work).resolve() / f"pair_{args.pair}"
-    found = sweep(work, args.pair)
+    found, sft = sweep(work, args.pair)
     rate = best(found)
-    (work / "dpo_lr.json").write_text(json.dumps({"chosen": rate, "validation": found}, indent=1)
-                                      + "\n")
+    (work / "dpo_lr.json").write_text(json.dumps({"chosen": rate, "sft": sft, "validation": found},
+                                                 indent=1) + "\n")
     first = FIRST_SEED + SEEDS_PER_PAIR * args.pair
     run(work / "test", BASE_SEED=str(args.pair), METHODS=METHODS, ROUNDS=str(ROUNDS), DPO_LR=rate,
         SEEDS=" ".join(str(first + k) for k in range(SEEDS_PER_PAIR)))

@@ -5,10 +5,11 @@
     python benchmarks/make_map.py --draw --trained runs/headline/pair_*/test
 
 A cell is a level of label accuracy and one of a simulated judge's. It has a run for each pair of
-base models, on a seed of its own: ILR, DPO and naive ILR, with the learning rate of DPO that
-benchmarks/headline.py chose for the pair. Runs of one pair share what the judge does not change.
-Complete runs are skipped, and one that was cut off goes on. After each run its numbers are put into
-results/map.json, and map.md and map.png are made of that file, which needs no run folder any more.
+base models, all cells of a pair on one seed that the headline does not have: ILR, DPO and naive
+ILR, with the learning rate of DPO that benchmarks/headline.py chose for the pair. Runs of one pair
+share what the judge does not change. Complete runs are skipped, and one that was cut off goes on.
+After each run its numbers are put into results/map.json, and map.md and map.png are made of that
+file, which needs no run folder any more.
 
 An interval is Student's over the pairs. A sign is established where it excludes 0.
 """
@@ -31,7 +32,7 @@ LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
           "weak-0.45": {"WEAK_ACCURACY": "0.45"},
           "noise-0.2": {"LABEL_NOISE": "0.2", "FLIP_KIND": "systematic"}}
 JUDGES = ("0.5", "0.65", "0.8", "0.95")
-PAIRS = (0, 1, 2, 3)
+PAIRS = (0, 1, 2, 3, 4, 5)
 FIRST_SEED = 40                     # pair 0 has 40, pair 1 has 41, ...
 # (title, what gains, what it gains on); dpo_equal: DPO's last round that asks for no more
 # comparisons than ILR's last, but at least its first
@@ -44,10 +45,9 @@ EQUAL = [("ILR - DPO", "ilr", "dpo_equal"), ("ILR - SFT", "ilr", "sft"),
 def make(args, labels, judge, pair):
     """The run of a cell and pair; returns its folder."""
     out = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
-    rate = read_json(args.headline / f"pair_{pair}" / "dpo_lr.json").get("chosen")
+    rate = read_json(args.rates).get(f"pair_{pair}", {}).get("chosen")
     if not rate:
-        raise InputError(f"{args.headline}: no dpo_lr.json of pair {pair} "
-                         "(benchmarks/headline.py first)")
+        raise InputError(f"{args.rates}: no learning rate for pair {pair} (benchmarks/headline.py)")
     if not (out / "report.json").exists():
         # of runs of this pair the nearest: the same labels, else any
         others = [*sorted(args.work.glob(f"{labels}/*/pair_{pair}/report.json")),
@@ -234,8 +234,8 @@ def parser():
     p.add_argument("--judge", nargs="+", choices=JUDGES, help="default: every level")
     p.add_argument("--pairs", nargs="+", type=int, default=PAIRS, help="BASE_SEED of each")
     p.add_argument("--work", type=Path, default=ROOT / "runs/map", help="folder of the runs, kept")
-    p.add_argument("--headline", type=Path, default=ROOT / "runs/headline",
-                   help="where benchmarks/headline.py has its pairs")
+    p.add_argument("--rates", type=Path, default=ROOT / "results/dpo_lr.json",
+                   help="DPO's learning rate for each pair, as benchmarks/headline.py chose it")
     p.add_argument("--trained", type=Path, nargs="+", default=[],
                    help="runs with trained judges, to lay over the figure")
     p.add_argument("--draw", action="store_true", help="make no run, only the table and figure")

@@ -28,6 +28,7 @@ PAIRS = {"prefers": "one right side: the judge prefers the longer",
          "excess": "difference of these two",
          "if_longer": "the judge is right where the longer is right",
          "if_shorter": "the judge is right where the shorter is right",
+         "lean": "the second of these two less the first",
          "rest": "none or both right: the judge prefers the longer"}
 SOURCES = {"ilr": "ILR", "chance": "all asked about", "naive": "naive"}
 
@@ -251,7 +252,8 @@ def page(seeds, runs):
         ("5 Do gains follow the judge?", "Points in the last round for each point of the judge's "
          "accuracy on the pairs with one right side that ILR (DPO less SFT: DPO) asked about.",
          linear, by_judge(seeds), 2))
-    lines = [f"Seeds: {len(seeds)}; pairs of base models: {len(runs)}. ± is 95%.", ""]
+    lines = [f"Seeds: {len(seeds)}; pairs of base models: {len(runs)}. ± is 95%: of seeds, over all",
+             "of them as if they were independent; of base pairs, over the pairs' means.", ""]
     for title, note, columns, found, digits in parts:
         if found:
             lines += [textwrap.fill(f"**{title}** {note}", 100), "", *table(columns, found, digits)]

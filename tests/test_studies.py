@@ -23,9 +23,12 @@ def swept(tmp_path, monkeypatch, accuracy):
         assert ("FROM" in settings) == bool(tried)
         tried.append(settings["DPO_LR"])
         shares = [accuracy(float(settings["DPO_LR"]))]
-        write_json(out / "report.json", {"tests": {"dpo_3": {"110": shares, "111": shares}}})
+        write_json(out / "report.json", {"tests": {"sft": {"110": [0.5], "111": [0.6]},
+                                                   "dpo_3": {"110": shares, "111": shares}}})
     monkeypatch.setattr(headline, "run", run)
-    return tried, headline.best(headline.sweep(tmp_path, 3))
+    found, sft = headline.sweep(tmp_path, 3)
+    assert sft == {"110": 0.5, "111": 0.6}
+    return tried, headline.best(found)
 
 
 @pytest.mark.parametrize("peak, tried, chosen", [
