@@ -252,8 +252,8 @@ def page(seeds, runs):
         ("5 Do gains follow the judge?", "Points in the last round for each point of the judge's "
          "accuracy on the pairs with one right side that ILR (DPO less SFT: DPO) asked about.",
          linear, by_judge(seeds), 2))
-    lines = [f"Seeds: {len(seeds)}; pairs of base models: {len(runs)}. ± is 95%: of seeds, over all",
-             "of them as if they were independent; of base pairs, over the pairs' means.", ""]
+    lines = [f"Seeds: {len(seeds)}; pairs of base models: {len(runs)}. ± is 95%: of seeds, over",
+             "all of them as if they were independent; of base pairs, over the pairs' means.", ""]
     for title, note, columns, found, digits in parts:
         if found:
             lines += [textwrap.fill(f"**{title}** {note}", 100), "", *table(columns, found, digits)]
