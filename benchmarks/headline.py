@@ -38,18 +38,15 @@ def run(out, **settings):
         sys.exit(f"{out}: run_ilr.sh failed (exit {done.returncode})")
 
 
-def sweep(work, pair):
+def sweep(work, ladder, **settings):
     """({rate: accuracies by seed after the last round} of DPO, SFT's by seed) on validation
-    problems."""
-    found, sft, first = {}, {}, None
+    problems: of TRIED, and of the next rate of the ladder while the best is at an end."""
+    found, sft = {}, {}
 
     def measure(rate):
-        nonlocal first
         out = work / f"dpo_lr_{rate}"
-        source = {"FROM": str(first)} if first else {}
-        run(out, BASE_SEED=str(pair), EVAL="validation", SEEDS=VALIDATION, METHODS="dpo",
-            ROUNDS=str(ROUNDS), DPO_LR=rate, **source)
-        first = first or out
+        run(out, EVAL="validation", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=rate, **settings)
+        settings.update(FROM=str(work / f"dpo_lr_{TRIED[0]}"))
         tests = json.loads((out / "report.json").read_text())["tests"]
         found[rate] = {seed: shares[0] for seed, shares in tests[f"dpo_{ROUNDS}"].items()}
         sft.update({seed: shares[0] for seed, shares in tests["sft"].items()})
@@ -57,18 +54,11 @@ def sweep(work, pair):
     for rate in TRIED:
         measure(rate)
     while True:
-        low, high = (LADDER.index(rate) for rate in ends(found))
-        at = LADDER.index(best(found))
-        beyond = at - 1 if at == low else at + 1 if at == high else -1
-        if not 0 <= beyond < len(LADDER):
+        tried, at = [ladder.index(rate) for rate in found], ladder.index(best(found))
+        beyond = at - 1 if at == min(tried) else at + 1 if at == max(tried) else -1
+        if not 0 <= beyond < len(ladder):
             return found, sft
-        measure(LADDER[beyond])
-
-
-def ends(found):
-    """The lowest and the highest rate tried."""
-    tried = sorted(found, key=float)
-    return tried[0], tried[-1]
+        measure(ladder[beyond])
 
 
 def best(found):
@@ -78,7 +68,7 @@ def best(found):
 
 def main(args):
     work = Path(args.work).resolve() / f"pair_{args.pair}"
-    found, sft = sweep(work, args.pair)
+    found, sft = sweep(work, LADDER, BASE_SEED=str(args.pair), SEEDS=VALIDATION)
     rate = best(found)
     (work / "dpo_lr.json").write_text(json.dumps({"chosen": rate, "sft": sft, "validation": found},
                                                  indent=1) + "\n")

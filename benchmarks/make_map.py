@@ -4,11 +4,11 @@
     python benchmarks/make_map.py                       # every cell, one pair after the other
     python benchmarks/make_map.py --draw --trained runs/headline/pair_*/test
 
-A cell is a level of label accuracy and one of a simulated judge's. It has a run for each pair of
-base models, all cells of a pair on one seed that the headline does not have: ILR, DPO and naive
-ILR, with the learning rate of DPO that benchmarks/headline.py chose for the pair. Runs of one pair
-share what the judge does not change. Complete runs are skipped, and one that was cut off goes on.
-After each run its numbers are put into results/map.json, and map.md and map.png are made of that
+A cell is a level of label accuracy and one of a simulated judge's. It has ILR, naive ILR and DPO
+for each pair of base models, all cells of a pair on one seed that the headline does not have. DPO's
+learning rate is chosen for each cell and pair, on validation problems of that seed. What the judge
+does not change is taken over from cell to cell. Complete runs are skipped, and one that was cut off
+goes on. After each its numbers are put into results/map.json; map.md and map.png are made of that
 file, which needs no run folder any more.
 
 An interval is Student's over the pairs. A sign is established where it excludes 0.
@@ -16,7 +16,7 @@ An interval is Student's over the pairs. A sign is established where it excludes
 from pathlib import Path
 
 from _bench import ROOT, about, in_words, save
-from headline import ROUNDS, run
+from headline import ROUNDS, best, run, sweep
 
 from core.cli import make_parser, run_stage
 from core.records import InputError, read_json, read_jsonl
@@ -32,8 +32,10 @@ LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
           "weak-0.45": {"WEAK_ACCURACY": "0.45"},
           "noise-0.2": {"LABEL_NOISE": "0.2", "FLIP_KIND": "systematic"}}
 JUDGES = ("0.5", "0.65", "0.8", "0.95")
-PAIRS = (0, 1, 2, 3, 4, 5)
-FIRST_SEED = 40                     # pair 0 has 40, pair 1 has 41, ...
+PAIRS = (0, 1, 2, 3)
+FIRST_SEED = 50                     # pair 0 has 50, pair 1 has 51, ...
+LADDER = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4")      # of DPO's learning rates: the first three,
+#                                     and the next while the highest is the best
 # (title, what gains, what it gains on); dpo_equal: DPO's last round that asks for no more
 # comparisons than ILR's last, but at least its first
 LAST = [("ILR - DPO", "ilr", "dpo"), ("ILR - naive", "ilr", "naive"), ("DPO - SFT", "dpo", "sft")]
@@ -43,47 +45,59 @@ EQUAL = [("ILR - DPO", "ilr", "dpo_equal"), ("ILR - SFT", "ilr", "sft"),
 
 # ---------------------------------------------------------------- runs
 def make(args, labels, judge, pair):
-    """The run of a cell and pair; returns its folder."""
-    out = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
-    rate = read_json(args.rates).get(f"pair_{pair}", {}).get("chosen")
-    if not rate:
-        raise InputError(f"{args.rates}: no learning rate for pair {pair} (benchmarks/headline.py)")
-    if not (out / "report.json").exists():
-        # of runs of this pair the nearest: the same labels, else any
-        others = [*sorted(args.work.glob(f"{labels}/*/pair_{pair}/report.json")),
-                  *sorted(args.work.glob(f"*/*/pair_{pair}/report.json"))]
-        source = {"FROM": str(others[0].parent)} if others else {}
-        run(out, JUDGE="simulated", JUDGE_ACCURACY=judge, **LABELS[labels], BASE_SEED=str(pair),
-            SEEDS=str(FIRST_SEED + pair), METHODS="ilr dpo naive", ROUNDS=str(ROUNDS),
-            DPO_LR=rate, **source)
-    return out
+    """The runs of a cell and pair; returns their folder. ilr/ has ILR and naive ILR; dpo_lr_RATE/
+    DPO on validation problems; dpo/ DPO on test problems, its models taken over from the best."""
+    at = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
+    cell = {"JUDGE": "simulated", "JUDGE_ACCURACY": judge, **LABELS[labels],
+            "BASE_SEED": str(pair), "SEEDS": str(FIRST_SEED + pair)}
+    # of runs of this pair the nearest: the same labels, else any
+    others = [*sorted(args.work.glob(f"{labels}/*/pair_{pair}/ilr/report.json")),
+              *sorted(args.work.glob(f"*/*/pair_{pair}/ilr/report.json"))]
+    source = {"FROM": str(others[0].parent)} if others else {}
+    if not (at / "ilr/report.json").exists():
+        run(at / "ilr", METHODS="ilr naive", ROUNDS=str(ROUNDS), **cell, **source)
+    if not (at / "dpo/report.json").exists():
+        found, _ = sweep(at, LADDER, FROM=str(at / "ilr"), **cell)
+        run(at / "dpo", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=best(found),
+            FROM=str(at / f"dpo_lr_{best(found)}"), **cell)
+    return at
 
 
-def numbers(folder, seed):
-    """What a seed of a run says, in percent, and what it cost. Raises InputError for a run without
-    the last rounds."""
-    data = collect(folder)
-    costs, tests = prices(data), data["tests"]
-    last = {m: f"{m}_{ROUNDS}" for m in ("ilr", "dpo", "naive")}
-    if any(seed not in tests.get(p, {}) for p in ("sft", *last.values())):
-        raise InputError(f"{folder}: seed {seed} has no graded answers of "
-                         f"{', '.join(['sft', *last.values()])}: is the run complete?")
+def numbers(ilr, dpo, seed):
+    """What a seed says, in percent: of the run that has ILR and naive ILR, and of the one that has
+    DPO. Raises InputError for a run without the last rounds."""
+    runs = {"ilr": collect(ilr), "naive": collect(ilr), "dpo": collect(dpo)}
+    last = {m: f"{m}_{ROUNDS}" for m in runs}
+    for m, data in runs.items():
+        for point in ("sft", last[m]):
+            if seed not in data["tests"].get(point, {}):
+                raise InputError(f"{data['run']}: seed {seed} has no graded answers of {point}: is "
+                                 "the run complete?")
 
-    def accuracy(point):
-        return round(100 * tests[point][seed][0], 2)
+    def accuracy(method, point):
+        return round(100 * runs[method]["tests"][point][seed][0], 2)
 
-    equal = max(1, within(data, costs, "dpo", "asked", costs[last["ilr"]]["asked"]))
-    start = "noise" if "noise" in data["labels"] else "weak"
-    rows = read_jsonl(folder / "stages.jsonl", ("stage",), ())
-    return {"label_accuracy": round(100 * data["labels"][start][seed][0], 2),
-            "judge_ilr": right_on(data, "ilr_1", seed), "judge_dpo": right_on(data, "dpo_1", seed),
-            "sft": accuracy("sft"), **{m: accuracy(p) for m, p in last.items()},
-            "dpo_equal": accuracy(f"dpo_{equal}"), "dpo_equal_round": equal,
-            "asked_ilr": costs[last["ilr"]]["asked"], "asked_dpo": costs[last["dpo"]]["asked"],
-            "dpo_lr": data["settings"]["DPO_LR"],
-            "commit": (read_json(folder / "config.json").get("commit") or "")[:7],
-            "cpu_seconds": round(sum(r.get("cpu_seconds") or 0 for r in rows
-                                     if r["stage"] != "whole run" and "from" not in r))}
+    costs = {m: prices(runs[m]) for m in ("ilr", "dpo")}
+    asked = {m: costs[m][last[m]]["asked"] for m in costs}
+    equal = max(1, within(runs["dpo"], costs["dpo"], "dpo", "asked", asked["ilr"]))
+    labels = runs["ilr"]["labels"]
+    return {"label_accuracy": round(100 * labels["noise" if "noise" in labels else "weak"][seed][0],
+                                    2),
+            "judge_ilr": right_on(runs["ilr"], "ilr_1", seed),
+            "judge_dpo": right_on(runs["dpo"], "dpo_1", seed),
+            "sft": accuracy("ilr", "sft"), **{m: accuracy(m, p) for m, p in last.items()},
+            "dpo_equal": accuracy("dpo", f"dpo_{equal}"), "dpo_equal_round": equal,
+            "asked_ilr": asked["ilr"], "asked_dpo": asked["dpo"],
+            "dpo_lr": runs["dpo"]["settings"]["DPO_LR"],
+            "commit": (runs["ilr"]["config"].get("commit") or "")[:7]}
+
+
+def cpu_seconds(folder):
+    """Of all runs in a folder; what they took over from others does not count."""
+    rows = [row for path in sorted(folder.glob("*/stages.jsonl"))
+            for row in read_jsonl(path, ("stage",), ())]
+    return round(sum(row.get("cpu_seconds") or 0 for row in rows
+                     if row["stage"] != "whole run" and "from" not in row))
 
 
 def right_on(data, point, seed):
@@ -133,7 +147,8 @@ def as_text(found):
         "last round that asks for no more comparisons than ILR's last, but at least its first. "
         "weak-A: the checkpoint whose samples come nearest to A demonstrates; noise-S: references, "
         "a share S of them replaced by the weak model's own wrong answers. The judge is simulated "
-        "and right with the stated probability on pairs with one right side.\n",
+        "and right with the stated probability on pairs with one right side. DPO's learning rate "
+        "is chosen for each run on validation problems.\n",
         f"{sum(map(len, found['cells'].values()))} runs, {seconds / 3600:.1f} CPU-hours; what a "
         "run takes over from another is counted once.\n", in_words(found["about"])])
 
@@ -214,15 +229,16 @@ def main(args):
             raise InputError(f"--trained {folder}: no run folder: it has no config.json")
         for seed in collect(folder)["seeds"]:
             new = {"run": f"{folder.parent.name}/{folder.name}", "seed": seed,
-                   **numbers(folder, seed)}
+                   **numbers(folder, folder, seed)}
             found["trained"] = [t for t in found["trained"]
                                 if (t["run"], t["seed"]) != (new["run"], seed)] + [new]
     for pair in () if args.draw else args.pairs:
         for labels in args.labels or LABELS:
             for judge in args.judge or JUDGES:
-                folder = make(args, labels, judge, pair)
+                at = make(args, labels, judge, pair)
                 cell = found["cells"].setdefault(f"{labels} {judge}", {})
-                cell[str(pair)] = numbers(folder, FIRST_SEED + pair)
+                cell[str(pair)] = {**numbers(at / "ilr", at / "dpo", FIRST_SEED + pair),
+                                   "cpu_seconds": cpu_seconds(at)}
                 write(args, found)
     write(args, found)
     print(as_text(found))
@@ -234,8 +250,6 @@ def parser():
     p.add_argument("--judge", nargs="+", choices=JUDGES, help="default: every level")
     p.add_argument("--pairs", nargs="+", type=int, default=PAIRS, help="BASE_SEED of each")
     p.add_argument("--work", type=Path, default=ROOT / "runs/map", help="folder of the runs, kept")
-    p.add_argument("--rates", type=Path, default=ROOT / "results/dpo_lr.json",
-                   help="DPO's learning rate for each pair, as benchmarks/headline.py chose it")
     p.add_argument("--trained", type=Path, nargs="+", default=[],
                    help="runs with trained judges, to lay over the figure")
     p.add_argument("--draw", action="store_true", help="make no run, only the table and figure")

@@ -10,23 +10,23 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import headline  # noqa: E402
 import make_map  # noqa: E402
 
-from core.records import write_json, write_jsonl  # noqa: E402
+from core.records import InputError, write_json, write_jsonl  # noqa: E402
 
 
 # ---------------------------------------------------------------- DPO's learning rate
-def swept(tmp_path, monkeypatch, accuracy):
+def swept(tmp_path, monkeypatch, accuracy, ladder=headline.LADDER):
     """The rates tried in order, and the one chosen, where accuracy(rate) is DPO's."""
     tried = []
 
     def run(out, **settings):
         assert settings["EVAL"] == "validation" and settings["BASE_SEED"] == "3"
-        assert ("FROM" in settings) == bool(tried)
+        assert settings.get("FROM") == (str(tmp_path / "dpo_lr_3e-6") if tried else None)
         tried.append(settings["DPO_LR"])
         shares = [accuracy(float(settings["DPO_LR"]))]
         write_json(out / "report.json", {"tests": {"sft": {"110": [0.5], "111": [0.6]},
                                                    "dpo_3": {"110": shares, "111": shares}}})
     monkeypatch.setattr(headline, "run", run)
-    found, sft = headline.sweep(tmp_path, 3)
+    found, sft = headline.sweep(tmp_path, ladder, BASE_SEED="3")
     assert sft == {"110": 0.5, "111": 0.6}
     return tried, headline.best(found)
 
@@ -43,6 +43,12 @@ def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path, monkeypatch, peak, trie
     assert found == (tried, chosen)
 
 
+def test_the_map_tries_no_lower_rate(tmp_path, monkeypatch):
+    """Lower ones are SFT again."""
+    found = swept(tmp_path, monkeypatch, lambda rate: -rate, make_map.LADDER)
+    assert found == (["3e-6", "1e-5", "3e-5"], "3e-6") and make_map.LADDER[:3] == headline.TRIED
+
+
 def test_of_equal_rates_the_lowest_is_taken(tmp_path, monkeypatch):
     _, chosen = swept(tmp_path, monkeypatch, lambda rate: 0.5)
     assert chosen == headline.LADDER[0]      # and the lowest is always at an end
@@ -57,39 +63,73 @@ def test_no_two_pairs_share_a_seed_and_none_was_used_before():
 
 
 # ---------------------------------------------------------------- the map
-ACCURACY = {"sft": 6, "ilr_3": 9, "naive_3": 7, "dpo_1": 5, "dpo_2": 4, "dpo_3": 3}    # of 10
-ASKED = {"ilr_1": 200, "ilr_2": 200, "ilr_3": 200, "dpo_1": 250, "dpo_2": 300, "dpo_3": 300}
+ACCURACY = {"ilr": {"sft": 6, "ilr_3": 9, "naive_3": 7},
+            "dpo": {"sft": 6, "dpo_1": 5, "dpo_2": 4, "dpo_3": 3}}      # of 10
+ASKED = {"ilr": {"ilr_1": 200, "ilr_2": 200, "ilr_3": 200},
+         "dpo": {"dpo_1": 250, "dpo_2": 300, "dpo_3": 300}}
 
 
-def a_run(folder, asked=None):
-    """A run folder of one seed, 40, with these accuracies and prices."""
-    seed = folder / "seed_40"
-    for point in [*ACCURACY, "ilr_1", "ilr_2", "naive_1", "naive_2"]:
-        right = ACCURACY.get(point, 6)
-        write_jsonl(seed / point / "eval_1.graded.jsonl",
-                    [{"id": i, "completion": "", "correct": float(i < right)} for i in range(10)])
-    for point, count in (asked or ASKED).items():
-        write_json(seed / point / "comparisons.jsonl.summary", {"asked": count, "accuracy": 0.81})
-    write_jsonl(seed / "weak/labels.graded.jsonl",
-                [{"id": i, "correct": float(i < 5)} for i in range(10)])
-    write_json(folder / "config.json", {"commit": "abcdef012345", "settings": {
-        "TASK": "arithmetic", "JUDGE": "simulated", "DPO_LR": "1e-5"}})
-    write_jsonl(folder / "stages.jsonl", [{"stage": "a", "cpu_seconds": 2.0},
-                                          {"stage": "b", "cpu_seconds": 9.0, "from": "elsewhere"},
-                                          {"stage": "whole run", "cpu_seconds": 5.0}])
+def a_cell(folder, first=250, seed=50):
+    """The runs of a cell, with these accuracies and prices; first: what DPO's first round asks."""
+    for name in ("ilr", "dpo"):
+        at = folder / name / f"seed_{seed}"
+        for point in [*ACCURACY[name], *ASKED[name], "naive_1", "naive_2"]:
+            right = ACCURACY[name].get(point, 6)
+            write_jsonl(at / point / "eval_1.graded.jsonl",
+                        [{"id": i, "completion": "", "correct": float(i < right)}
+                         for i in range(10)])
+        for point, count in ASKED[name].items():
+            asked = first if point == "dpo_1" else count
+            write_json(at / point / "comparisons.jsonl.summary", {"asked": asked, "accuracy": 0.81})
+        write_jsonl(at / "weak/labels.graded.jsonl",
+                    [{"id": i, "correct": float(i < 5)} for i in range(10)])
+        write_json(folder / name / "config.json", {"commit": "abcdef012345", "settings": {
+            "TASK": "arithmetic", "JUDGE": "simulated", "DPO_LR": "1e-5"}})
+        write_jsonl(folder / name / "stages.jsonl", [
+            {"stage": "a", "cpu_seconds": 2.0}, {"stage": "whole run", "cpu_seconds": 5.0},
+            {"stage": "b", "cpu_seconds": 9.0, "from": "elsewhere"}])
+    return folder
 
 
 @pytest.mark.parametrize("first, expected", [
     (250, (2, 40.0)),       # 250 + 300 of ILR's 600
     (601, (1, 50.0))])      # not even one round: it gets that round
-def test_the_numbers_of_a_run(tmp_path, first, expected):
-    a_run(tmp_path, {**ASKED, "dpo_1": first})
-    found = make_map.numbers(tmp_path, 40)
-    assert found["label_accuracy"] == 50 and found["judge_ilr"] == 81
+def test_the_numbers_of_a_cell(tmp_path, first, expected):
+    a_cell(tmp_path, first)
+    found = make_map.numbers(tmp_path / "ilr", tmp_path / "dpo", 50)
+    assert found["label_accuracy"] == 50 and found["judge_ilr"] == found["judge_dpo"] == 81
     assert (found["sft"], found["ilr"], found["naive"], found["dpo"]) == (60, 90, 70, 30)
     assert (found["dpo_equal_round"], found["dpo_equal"]) == expected
     assert found["asked_ilr"] == 600 and found["asked_dpo"] == 600 + first
-    assert found["commit"] == "abcdef0" and found["cpu_seconds"] == 2
+    assert found["commit"] == "abcdef0" and make_map.cpu_seconds(tmp_path) == 4
+    with pytest.raises(InputError, match="ilr: seed 51 has no graded answers of sft"):
+        make_map.numbers(tmp_path / "ilr", tmp_path / "dpo", 51)
+
+
+def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
+    made = []
+
+    def run(out, **settings):
+        write_json(out / "report.json", {"tests": {
+            "sft": {"50": [0.5]}, "dpo_3": {"50": [float(settings.get("DPO_LR") == "1e-5")]}}})
+        made.append((out.relative_to(tmp_path).as_posix(), settings["METHODS"],
+                     settings.get("EVAL", "test"), settings.get("DPO_LR"),
+                     settings.get("FROM", "").removeprefix(f"{tmp_path}/")))
+    for module in (headline, make_map):
+        monkeypatch.setattr(module, "run", run)
+    args = make_map.parser().parse_args(["--work", str(tmp_path)])
+    make_map.make(args, "weak-0.3", "0.5", 0)
+    at = "weak-0.3/judge-0.5/pair_0"
+    assert made == [(f"{at}/ilr", "ilr naive", "test", None, ""),
+                    (f"{at}/dpo_lr_3e-6", "dpo", "validation", "3e-6", f"{at}/ilr"),
+                    (f"{at}/dpo_lr_1e-5", "dpo", "validation", "1e-5", f"{at}/dpo_lr_3e-6"),
+                    (f"{at}/dpo_lr_3e-5", "dpo", "validation", "3e-5", f"{at}/dpo_lr_3e-6"),
+                    (f"{at}/dpo", "dpo", "test", "1e-5", f"{at}/dpo_lr_1e-5")]
+    made.clear()
+    make_map.make(args, "weak-0.3", "0.5", 0)
+    assert made == []           # complete
+    make_map.make(args, "weak-0.45", "0.8", 0)
+    assert made[0][-1] == f"{at}/ilr" and made[1][-1] == "weak-0.45/judge-0.8/pair_0/ilr"
 
 
 def a_map():
@@ -112,7 +152,7 @@ def test_a_sign_is_established_where_the_interval_excludes_0():
 
 
 def test_the_map_grows_and_needs_no_run_folders(tmp_path, monkeypatch):
-    a_run(tmp_path / "run")
+    a_cell(tmp_path / "run")
     monkeypatch.setattr(make_map, "make", lambda args, labels, judge, pair: tmp_path / "run")
     write_json(tmp_path / "map.json", a_map())
     monkeypatch.setattr(sys, "argv", ["make_map.py"])
