@@ -187,7 +187,8 @@ def parser():
     r = commands.add_parser("report",
                             help="a run folder -> report.md, report.html, report.json and figures; "
                             "several -> one page of them side by side")
-    r.add_argument("runs", metavar="RUN_DIR", nargs="+")
+    r.add_argument("runs", metavar="RUN_DIR", nargs="+",
+                   help="one: its report goes into it; several: a page of them in --out")
     r.add_argument("--out", help="folder for the page of several runs; with two it may be left out")
     return p
 
