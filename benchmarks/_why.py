@@ -194,12 +194,12 @@ def judged_right(folder, method):
     return sum(right for right, _ in counts) / sum(n for _, n in counts) if counts else None
 
 
-def gains(found):
-    """{(method, other): points of test accuracy in the last round that ILR has}. found: what
-    `measure` has of the seed so far."""
-    k = max((int(p.rpartition("_")[2]) for p in found["carried"] if p.startswith("ilr_")),
+def gains(accuracy, labels_and_tests):
+    """{"method other": difference in test accuracy, in points} in the last round that ILR has. The
+    arguments are of `lines_and_accuracy` and `carried`."""
+    k = max((int(p.rpartition("_")[2]) for p in labels_and_tests if p.startswith("ilr_")),
             default=0)
-    tests = {**found["accuracy"], **{p: y for p, (_, y) in found["carried"].items()}}
+    tests = {**accuracy, **{p: y for p, (_, y) in labels_and_tests.items()}}
     at = {"sft": "sft", **{m: f"{m}_{k}" for m in ("ilr", "dpo", "naive")}}
     return {f"{a} {b}": tests[at[a]] - tests[at[b]]
             for a, b in (("ilr", "sft"), ("ilr", "dpo"), ("ilr", "naive"), ("dpo", "sft"))
@@ -219,12 +219,11 @@ def measure(run, path):
         found = lines_and_accuracy(folder, folder / f"data/{questions}.jsonl")
         tallies = {s: tally(task, name, pairs, solutions) for s, pairs in labels.items()}
         ilr, chance = tallies["ilr"], tallies["chance"]
-        found["carried"] = carried(folder)
-        yield {"run": run, "seed": seed, **found,
+        later = {"moved": moved(folder, found), "carried": carried(folder)}
+        yield {"run": run, "seed": seed, **found, **later,
                "judge": {m: preference(task, pairs) for m, pairs in asked_by.items()},
-               "moved": moved(folder, found),
                "labels": {**tallies, "less": {k: less(ilr[k], chance[k])
                                               for k in ("changes", "wrong", "longer")}},
                "accepted": {k: ilr["kinds"].get(k, 0) / n for k, n in chance["kinds"].items()},
                "judged_right": {m: judged_right(folder, m) for m in ("ilr", "dpo")},
-               "gains": gains(found)}
+               "gains": gains(found["accuracy"], later["carried"])}

@@ -53,7 +53,7 @@ def test_figures_are_the_same_whatever_matplotlib_is_told(backend, settings_at, 
     LaTeX; one that is no text; a folder of settings that cannot be written."""
     report(run_folder)
     expected = drawn(run_folder)
-    assert len(expected) == 5
+    assert len(expected) == 6
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd/matplotlibrc").write_text(ODD)
     (tmp_path / "broken").mkdir()
@@ -385,7 +385,7 @@ def test_a_report_of_all_wrong_or_all_right_is_drawn(right, seeds, run_folder):
     assert "nan" not in text.lower().replace("finance", "") and "inf " not in text
     assert table_row(text, "ILR")[-1].startswith(f"{5 * right:.1f}")
     assert {p.name for p in run_folder.glob("*.png")} == {
-        "test_accuracy.png", "label_accuracy.png", "price.png", "judge.png"}
+        "test_accuracy.png", "label_accuracy.png", "price.png", "judge.png", "lengths.png"}
 
 
 def test_a_report_before_the_first_round_has_the_row_of_sft(run_folder):

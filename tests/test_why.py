@@ -248,3 +248,16 @@ def test_adapters_are_not_rounded(tmp_path):
     argv = ["--model", "m", "--lora-rank", "8"], []
     with pytest.raises(InputError, match="trains adapters"):
         rounding.of_seed(arithmetic, tmp_path, 0, argv, tmp_path, ["run"])
+
+
+def test_gains_are_of_ilrs_last_round_and_the_judge_is_weighted_by_pairs(tmp_path):
+    accuracy = {"sft": 50, "dpo_1": 51, "dpo_2": 49}
+    carried = {"sft": (40, 50), "ilr_1": (45, 56), "ilr_2": (50, 60), "naive_2": (41, 53)}
+    found = _why.gains(accuracy, carried)
+    assert found == {"ilr sft": 10, "ilr dpo": 11, "ilr naive": 7, "dpo sft": -1}
+    assert _why.gains({"sft": 50}, {"sft": (40, 50)}) == {}
+    for k, (right, pairs) in enumerate([(0.5, 100), (0.9, 300)], 1):
+        write_json(tmp_path / f"ilr_{k}/comparisons.jsonl.summary",
+                   {"accuracy": right, "decisive": pairs})
+    assert _why.judged_right(tmp_path, "ilr") == pytest.approx((50 + 270) / 400)     # rounding only
+    assert _why.judged_right(tmp_path, "dpo") is None
