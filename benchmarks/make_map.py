@@ -15,7 +15,8 @@ An interval is Student's over the pairs. A sign is established where it excludes
 """
 from pathlib import Path
 
-from _bench import ROOT, about, in_words, save
+from _bench import ROOT, in_words, save
+from _seeds import where
 from headline import ROUNDS, best, run, sweep
 
 from core.cli import make_parser, run_stage
@@ -216,7 +217,7 @@ def draw(found, path):
 def write(args, found):
     if not cells_of(found):
         raise InputError(f"{args.out}.json: no cells yet, so there is nothing to draw")
-    found["about"] = about()
+    found["about"] = where()
     save(args.out.resolve(), as_text(found), found, indent=1)
     draw(found, f"{args.out}.png")
 
