@@ -67,7 +67,8 @@ def make(args, labels, judge, pair):
 def numbers(ilr, dpo, seed):
     """What a seed says, in percent: of the run that has ILR and naive ILR, and of the one that has
     DPO. Raises InputError for a run without the last rounds."""
-    runs = {"ilr": collect(ilr), "naive": collect(ilr), "dpo": collect(dpo)}
+    repairs = collect(ilr)
+    runs = {"ilr": repairs, "naive": repairs, "dpo": repairs if dpo == ilr else collect(dpo)}
     last = {m: f"{m}_{ROUNDS}" for m in runs}
     for m, data in runs.items():
         for point in ("sft", last[m]):

@@ -53,11 +53,9 @@ def caveats(data):
              "These are validation problems, on which settings may have been chosen.")):
         if settings.get(key) == value:
             said.append(what)
-    for seed, judge in data["judges"].items():
-        right = judge.get("held_out_accuracy")
-        if right is not None and right <= 0.5:
-            said.append(f"The judge of seed {seed} is right on {right:.0%} of its held-out pairs, "
-                        "no better than a coin: it has learnt nothing.")
+    for seed, right in coins(data["judges"]):
+        said.append(f"The judge of seed {seed} is right on {right:.0%} of its held-out pairs, "
+                    "no better than a coin: it has learnt nothing.")
     if parts := dialed(settings):
         said.append(f"Supervision is dialed: {'; '.join(parts)}. How unreliable it came out is a "
                     "setting, not a finding.")
@@ -70,6 +68,12 @@ def caveats(data):
         said.append("Not on this page are folders with graded answers that belong to no method "
                     f"that this code knows: {', '.join(map(plain, data['unknown']))}.")
     return said + retraining(data)
+
+
+def coins(judges):
+    """[(seed, share of held-out pairs that it is right on)] of the judges no better than a coin."""
+    right = {seed: judge.get("held_out_accuracy") for seed, judge in judges.items()}
+    return [(seed, share) for seed, share in right.items() if share is not None and share <= 0.5]
 
 
 def base_models(settings, n):

@@ -6,9 +6,9 @@ cannot be read and values that are no number are passed over.
 
 `data` is what `collect` of report/collect.py returns; `draw` adds the key "curves" to it.
 """
-import json
 import math
 
+from report import word_counts
 from report.collect import seed_folders
 from report.figures import canvas, save
 from report.methods import METHODS, method_and_round
@@ -28,15 +28,10 @@ def number(value):
 def read_curve(path):
     """{column: [(step, value)]} of a metrics.jsonl, for the COLUMNS that have a value."""
     curve = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-            step = row["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-        for column in COLUMNS if number(step) else ():
+    for row in word_counts.rows(path):
+        for column in COLUMNS if number(row.get("step")) else ():
             if number(row.get(column)):
-                curve.setdefault(column, []).append((step, row[column]))
+                curve.setdefault(column, []).append((row["step"], row[column]))
     return curve
 
 

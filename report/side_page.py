@@ -1,6 +1,6 @@
 """The page of runs side by side, section by section. report/side_tables.py makes its tables."""
 from core.records import write_json, write_text
-from report.caveats import dialed
+from report.caveats import coins, dialed
 from report.claims import NO_GAIN, verdict
 from report.html import write_html
 from report.side import against, all_contrasts, are_draws, differing, numbers, shortened
@@ -204,11 +204,9 @@ def caveats_of(run, points):
     if not tests:
         return [f"{name}: nothing is graded yet."]
     said = [f"{name}: nothing was learnt: {plain(run['nothing'])}."] if run["nothing"] else []
-    for seed, judge in run["judges"].items():
-        if judge.get("held_out_accuracy", 1) <= 0.5:
-            said.append(f"{name}: the judge of seed {seed} is right on "
-                        f"{judge['held_out_accuracy']:.0%} of its held-out pairs, no better than a "
-                        "coin.")
+    for seed, right in coins(run["judges"]):
+        said.append(f"{name}: the judge of seed {seed} is right on {right:.0%} of its held-out "
+                    "pairs, no better than a coin.")
     lacking = [p for p in sorted(points) if len(tests.get(p, ())) < len(run["seeds"])]
     if lacking:
         said.append(f"{name} lacks points, of some seeds or of all: {', '.join(lacking)}.")
