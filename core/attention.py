@@ -5,6 +5,7 @@ model sees nothing else. Sequences that begin alike may keep that beginning once
 arXiv 2410.20305), since what comes later changes nothing before it.
 """
 import functools
+import inspect
 
 NAME = "by_sequence"        # in transformers' table of attention functions
 
@@ -84,16 +85,17 @@ def causal(q, k, v, scaling, window):
 
 
 def varlen(query, key, value, units, scaling, window):
-    """The same as in `attend` by one kernel for all sequences (16 bits on CUDA). Not run yet: no
-    card was there."""
+    """The same as in `attend` by one kernel for all sequences (16 bits on CUDA)."""
     from torch.nn.attention.varlen import varlen_attn
     at, q_ends, k_ends, q_most, k_most = cumulative(units, query.device)
     # (N, heads, size); the keys of a beginning are repeated for each sequence that has it
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     # the last query stands at the last key; (-1, 0) is causal, and a window counts the token itself
+    # torch 2.11 has no such argument: there, fewer heads of keys are always allowed
+    known = inspect.signature(varlen_attn).parameters
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if "enable_gqa" in known else {}
     return varlen_attn(q.contiguous(), k[at], v[at], q_ends, k_ends, q_most, k_most, scale=scaling,
-                       window_size=(window - 1 if window else -1, 0),
-                       enable_gqa=q.shape[1] != k.shape[1])[None]
+                       window_size=(window - 1 if window else -1, 0), **grouped)[None]
 
 
 @functools.lru_cache(4)         # the same for all layers
