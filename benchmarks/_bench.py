@@ -73,14 +73,10 @@ def model_folder(args, folder):
     return args.weights, f"SmolLM2 of {count / 1e6:.1f}M pretrained weights"
 
 
-def make_model(folder, size, seed=0):
-    """Write a random Llama, and a byte-level BPE of 8,192 tokens trained on GSM8K's texts.
-
-    Returns the number of weights.
-    """
-    import torch
+def make_tokenizer(folder):
+    """Write and return a byte-level BPE of 8,192 tokens, trained on GSM8K's texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -92,6 +88,14 @@ def make_model(folder, size, seed=0):
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
                                    eos_token="</s>")
     fast.save_pretrained(folder)
+    return fast
+
+
+def make_model(folder, size, seed=0):
+    """Write a random Llama with `make_tokenizer`'s tokenizer. Returns the number of weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    fast = make_tokenizer(folder)
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(fast), max_position_embeddings=4096,
                          tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,

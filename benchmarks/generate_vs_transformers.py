@@ -83,7 +83,7 @@ class Sides:
             uniforms = None
             if how == SAMPLED:
                 noise = [sample_uniforms(0, i, s, new).tolist() for i, s in batch]
-                uniforms = torch.tensor(noise)
+                uniforms = torch.tensor(noise, device=self.model.device)
             prompts = [self.prompts[i] for i, _ in batch]
             texts, _ = (decode_beams(self.model, prompts, [self.eos], new, 4) if how == BEAMS else
                         decode(self.model, prompts, [self.eos], new, 0.7, uniforms))
@@ -94,7 +94,7 @@ class Sides:
         from core.decoding import padded
         out = {}
         for batch in self.batches(how):
-            ids, mask = padded([self.prompts[i] for i, _ in batch], "cpu")
+            ids, mask = padded([self.prompts[i] for i, _ in batch], self.model.device)
             found = self.model.generate(input_ids=ids, attention_mask=mask,
                                         generation_config=self.config(how, top_k=0))
             texts = self.stripped(found[:, ids.shape[1]:].tolist())

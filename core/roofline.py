@@ -1,7 +1,7 @@
 """Memory and time of a model on a card, by its shape: for `core.estimate`. No weight is read.
 
 Time is a roofline: matrix products, attention and bytes of memory, each at a rate that the card
-should reach. Nothing here was measured on a card.
+should reach. The optimizer's step and gaps between kernels are not in it (docs/full-size.md).
 """
 import contextlib
 import io

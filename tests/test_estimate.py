@@ -160,7 +160,7 @@ def test_what_does_not_fit_and_what_is_not_known(plan, capsys):
                    "--out", "runs/x/a.jsonl"])
     estimate(stages, "H100")
     said = capsys.readouterr().out
-    assert "nothing was measured on a card" in said and "DOES NOT FIT" not in said
+    assert "simulated; an H200 took" in said and "DOES NOT FIT" not in said
     assert said.count("not counted, there is no config of no/such-model here") == 2
     estimate(stages, "4090")
     assert "b: Mistral-7B-v0.1, 600 records x 2; DOES NOT FIT\n" in capsys.readouterr().out
