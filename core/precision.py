@@ -13,22 +13,32 @@ the truncated one, which is smaller than its value in every weight.
 """
 
 
+def halves(values):
+    """The lower and the upper 16 bits of contiguous fp32 values: int16 views of their shape."""
+    import torch
+    parts = values.reshape(-1).view(torch.int16).view(*values.shape, 2)
+    return parts[..., 0], parts[..., 1]     # every processor that torch runs on is little-endian
+
+
 def split(values):
     """fp32 -> (nearest bf16, remainder int16), of the same shape.
 
     Halfway values go away from 0: int16 holds the remainder of a tie on that side only.
     """
     import torch
-    bits = values.view(torch.int32)
-    upper = (bits + 0x8000) >> 16
-    remainder = bits - (upper << 16)
-    return upper.to(torch.int16).view(torch.bfloat16), remainder.to(torch.int16)
+    low, high = halves(values)
+    # read as a signed number, the lower half is the remainder; one below 0 counts from the next
+    return (high - (low >> 15)).view(torch.bfloat16), low.contiguous()
 
 
 def join(weights, remainder):
     """(bf16, remainder int16) -> fp32: the inverse of `split`."""
     import torch
-    return ((weights.view(torch.int16).to(torch.int32) << 16) + remainder).view(torch.float32)
+    values = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
+    low, high = halves(values)
+    low.copy_(remainder)
+    torch.add(weights.view(torch.int16), remainder >> 15, out=high)
+    return values
 
 
 def exact_value(p):
