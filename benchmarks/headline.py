@@ -38,24 +38,25 @@ def run(out, **settings):
         sys.exit(f"{out}: run_ilr.sh failed (exit {done.returncode})")
 
 
-def sweep(work, ladder, **settings):
+def sweep(work, ladder, tried, **settings):
     """({rate: accuracies by seed after the last round} of DPO, SFT's by seed) on validation
-    problems: of TRIED, and of the next rate of the ladder while the best is at an end."""
+    problems: of the rates `tried`, and of the next one of the ladder while the best is at an end.
+    """
     found, sft = {}, {}
 
     def measure(rate):
         out = work / f"dpo_lr_{rate}"
         run(out, EVAL="validation", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=rate, **settings)
-        settings.update(FROM=str(work / f"dpo_lr_{TRIED[0]}"))
+        settings.update(FROM=str(work / f"dpo_lr_{tried[0]}"))
         tests = json.loads((out / "report.json").read_text())["tests"]
         found[rate] = {seed: shares[0] for seed, shares in tests[f"dpo_{ROUNDS}"].items()}
         sft.update({seed: shares[0] for seed, shares in tests["sft"].items()})
 
-    for rate in TRIED:
+    for rate in tried:
         measure(rate)
     while True:
-        tried, at = [ladder.index(rate) for rate in found], ladder.index(best(found))
-        beyond = at - 1 if at == min(tried) else at + 1 if at == max(tried) else -1
+        done, at = [ladder.index(rate) for rate in found], ladder.index(best(found))
+        beyond = at - 1 if at == min(done) else at + 1 if at == max(done) else -1
         if not 0 <= beyond < len(ladder):
             return found, sft
         measure(ladder[beyond])
@@ -68,7 +69,7 @@ def best(found):
 
 def main(args):
     work = Path(args.work).resolve() / f"pair_{args.pair}"
-    found, sft = sweep(work, LADDER, BASE_SEED=str(args.pair), SEEDS=VALIDATION)
+    found, sft = sweep(work, LADDER, TRIED, BASE_SEED=str(args.pair), SEEDS=VALIDATION)
     rate = best(found)
     (work / "dpo_lr.json").write_text(json.dumps({"chosen": rate, "sft": sft, "validation": found},
                                                  indent=1) + "\n")

@@ -14,19 +14,19 @@ from core.records import InputError, write_json, write_jsonl  # noqa: E402
 
 
 # ---------------------------------------------------------------- DPO's learning rate
-def swept(tmp_path, monkeypatch, accuracy, ladder=headline.LADDER):
+def swept(tmp_path, monkeypatch, accuracy, study=headline):
     """The rates tried in order, and the one chosen, where accuracy(rate) is DPO's."""
-    tried = []
+    tried, first = [], str(tmp_path / f"dpo_lr_{study.TRIED[0]}")
 
     def run(out, **settings):
         assert settings["EVAL"] == "validation" and settings["BASE_SEED"] == "3"
-        assert settings.get("FROM") == (str(tmp_path / "dpo_lr_3e-6") if tried else None)
+        assert settings.get("FROM") == (first if tried else None)
         tried.append(settings["DPO_LR"])
         shares = [accuracy(float(settings["DPO_LR"]))]
         write_json(out / "report.json", {"tests": {"sft": {"110": [0.5], "111": [0.6]},
                                                    "dpo_3": {"110": shares, "111": shares}}})
     monkeypatch.setattr(headline, "run", run)
-    found, sft = headline.sweep(tmp_path, ladder, BASE_SEED="3")
+    found, sft = headline.sweep(tmp_path, study.LADDER, study.TRIED, BASE_SEED="3")
     assert sft == {"110": 0.5, "111": 0.6}
     return tried, headline.best(found)
 
@@ -45,8 +45,8 @@ def test_a_best_rate_at_an_end_is_tried_beyond(tmp_path, monkeypatch, peak, trie
 
 def test_the_map_tries_no_lower_rate(tmp_path, monkeypatch):
     """Lower ones are SFT again."""
-    found = swept(tmp_path, monkeypatch, lambda rate: -rate, make_map.LADDER)
-    assert found == (["3e-6", "1e-5", "3e-5"], "3e-6") and make_map.LADDER[:3] == headline.TRIED
+    found = swept(tmp_path, monkeypatch, lambda rate: -rate, make_map)
+    assert found == (["1e-5", "3e-5", "1e-4", "3e-6"], "3e-6")
 
 
 def test_of_equal_rates_the_lowest_is_taken(tmp_path, monkeypatch):
@@ -107,11 +107,12 @@ def test_the_numbers_of_a_cell(tmp_path, first, expected):
 
 
 def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
-    made = []
+    made, judges = [], []
 
     def run(out, **settings):
+        judges.append(settings.get("JUDGE_ACCURACY", settings.get("JUDGE")))
         write_json(out / "report.json", {"tests": {
-            "sft": {"50": [0.5]}, "dpo_3": {"50": [float(settings.get("DPO_LR") == "1e-5")]}}})
+            "sft": {"50": [0.5]}, "dpo_3": {"50": [float(settings.get("DPO_LR") == "3e-5")]}}})
         made.append((out.relative_to(tmp_path).as_posix(), settings["METHODS"],
                      settings.get("EVAL", "test"), settings.get("DPO_LR"),
                      settings.get("FROM", "").removeprefix(f"{tmp_path}/")))
@@ -121,15 +122,31 @@ def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
     make_map.make(args, "weak-0.3", "0.5", 0)
     at = "weak-0.3/judge-0.5/pair_0"
     assert made == [(f"{at}/ilr", "ilr naive", "test", None, ""),
-                    (f"{at}/dpo_lr_3e-6", "dpo", "validation", "3e-6", f"{at}/ilr"),
-                    (f"{at}/dpo_lr_1e-5", "dpo", "validation", "1e-5", f"{at}/dpo_lr_3e-6"),
-                    (f"{at}/dpo_lr_3e-5", "dpo", "validation", "3e-5", f"{at}/dpo_lr_3e-6"),
-                    (f"{at}/dpo", "dpo", "test", "1e-5", f"{at}/dpo_lr_1e-5")]
+                    (f"{at}/dpo_lr_1e-5", "dpo", "validation", "1e-5", f"{at}/ilr"),
+                    (f"{at}/dpo_lr_3e-5", "dpo", "validation", "3e-5", f"{at}/dpo_lr_1e-5"),
+                    (f"{at}/dpo_lr_1e-4", "dpo", "validation", "1e-4", f"{at}/dpo_lr_1e-5"),
+                    (f"{at}/dpo", "dpo", "test", "3e-5", f"{at}/dpo_lr_3e-5")]
     made.clear()
     make_map.make(args, "weak-0.3", "0.5", 0)
     assert made == []           # complete
+    assert judges == ["0.5"] * 5
     make_map.make(args, "weak-0.45", "0.8", 0)
     assert made[0][-1] == f"{at}/ilr" and made[1][-1] == "weak-0.45/judge-0.8/pair_0/ilr"
+    judges.clear()
+    make_map.make(args, "weak-0.45", "trained", 0)
+    assert judges == [None] * 5         # run_ilr.sh's default is the trained one
+
+
+def test_what_the_file_has_is_not_made_again(tmp_path, monkeypatch):
+    found, made = a_map(), []
+    write_json(tmp_path / "map.json", found)
+    monkeypatch.setattr(make_map, "make", lambda *args: made.append(args[-1]) or 1 / 0)
+    argv = ["--labels", "weak-0.45", "--judge", "0.8", "--out", str(tmp_path / "map"), "--pairs"]
+    make_map.main(make_map.parser().parse_args([*argv, "0", "1", "2"]))
+    assert not made and json.loads((tmp_path / "map.json").read_text())["cells"] == found["cells"]
+    with pytest.raises(ZeroDivisionError):
+        make_map.main(make_map.parser().parse_args([*argv, "2", "3"]))
+    assert made == [3]
 
 
 def a_map():
@@ -137,7 +154,9 @@ def a_map():
     cell = {str(pair): {"label_accuracy": 55, "judge_ilr": 80.0, "sft": 60, "dpo": 60 + gain,
                         "ilr": 60 + gain + lead, "naive": 60, "dpo_equal": 60, "cpu_seconds": 1800}
             for pair, (lead, gain) in enumerate([(1, -1), (2, 0), (3, 4)])}
-    return {"cells": {"weak-0.45 0.8": cell}, "trained": [], "about": {"commit": "c"}}
+    trained = {"0": {**cell["0"], "judge_ilr": 70.0}}
+    return {"cells": {"weak-0.45 0.8": cell, "weak-0.45 trained": trained}, "trained": [],
+            "about": {"commit": "c"}}
 
 
 def test_a_sign_is_established_where_the_interval_excludes_0():
@@ -160,11 +179,12 @@ def test_the_map_grows_and_needs_no_run_folders(tmp_path, monkeypatch):
                                          "--out", str(tmp_path / "map")])
     make_map.main(args)
     found = json.loads((tmp_path / "map.json").read_text())
-    assert list(found["cells"]) == ["weak-0.45 0.8", "weak-0.3 0.5"]
+    assert list(found["cells"]) == [*a_map()["cells"], "weak-0.3 0.5"]
     assert found["cells"]["weak-0.3 0.5"]["0"]["ilr"] == 90
     text = (tmp_path / "map.md").read_text()
     assert "| weak-0.3 | 0.5 | 1 | 50.0 | 60.0 | 90.0 | 30.0 | 70.0 | +60.0 |" in text
     assert "| weak-0.45 | 0.8 | 3 | 55.0 | 60.0 | 63.0 | 61.0 | 60.0 | +2.0 ± 2.5 |" in text
+    assert "| weak-0.45 | trained | 1 | 55.0 | 60.0 | 60.0 | 59.0 | 60.0 | +1.0 |" in text
     assert os.path.getsize(tmp_path / "map.png") > 10_000
     before = (tmp_path / "map.json").read_bytes()
     make_map.main(make_map.parser().parse_args(["--draw", "--out", str(tmp_path / "map")]))
