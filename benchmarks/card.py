@@ -202,6 +202,35 @@ def answer(args, side, how):
             "answers": len(found), "first": first}
 
 
+def profile(args):
+    """What the card does while tokens of 252 rows are decoded, and for how much of the time."""
+    import torch
+    from torch.profiler import ProfilerActivity
+
+    from core.decoding import decode
+    from core.tokens import encode_prompt, open_tokenizer
+    tokenizer, model = open_tokenizer(FOLDERS[POLICY]), open_random(FOLDERS[POLICY])
+    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 252)]
+
+    def seconds(new):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        decode(model, prompts, [tokenizer.eos_token_id], new)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def kernels(new):
+        with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
+            seconds(new)
+        return {row.key: row.self_device_time_total / 1e6 for row in found.key_averages()}
+    seconds(4)
+    few, many = seconds(4), seconds(36)
+    before, after = kernels(4), kernels(36)
+    spent = {name: (value - before.get(name, 0)) / 32 for name, value in after.items()}
+    return {"token": (many - few) / 32, "busy": sum(spent.values()),
+            "kernels": dict(sorted(spent.items(), key=lambda x: -x[1])[:12])}
+
+
 def judge(args, side):
     """The judge's scores of pairs in both orders: ours, or a question a pass as the release."""
     import torch
@@ -249,6 +278,7 @@ CHECKS = {
        for how in ("greedy", "six samples a prompt", "4 beams")
        for side, words in (("ours", "ours"), ("generate", "transformers generate"))},
     "greedy, transformers generate_batch": (answer, "generate_batch", "greedy"),
+    "where a token's time goes": (profile,),
     "judge": (judge, "ours"),
     "judge, a question a pass": (judge, "release"),
 }
@@ -300,6 +330,10 @@ def rate(found):
     if "matrix" in found:
         return (f"{found['card']}: {found['matrix'] / 1e12:.0f} TFLOP/s, "
                 f"{found['memory'] / 1e12:.2f} TB/s copied")
+    if "kernels" in found:
+        return (f"{1e3 * found['token']:.1f} ms a token of 252 rows, the card busy for "
+                f"{1e3 * found['busy']:.1f}: " + ", ".join(
+                    f"{name[:40]} {1e3 * value:.1f}" for name, value in found["kernels"].items()))
     tokens = f"{found['tokens'] / found['seconds']:,.0f} tokens" if "tokens" in found else ""
     records = f"{found['records'] / found['seconds']:.1f} records" if "records" in found else ""
     return ", ".join(filter(None, (tokens, records)))
