@@ -35,6 +35,8 @@ LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
 JUDGES = ("0.5", "0.65", "0.8", "0.95")     # simulated ones, by their accuracy
 TRAINED = "trained"                         # and the one that run_ilr.sh trains
 PAIRS = (0, 1, 2, 3)
+ALL = "all"
+COLUMNS = ("label_accuracy", "sft", "ilr", "dpo", "naive", "dpo_equal")
 FIRST_SEED = 50                     # pair 0 has 50, pair 1 has 51, ...
 LADDER = ("3e-6", "1e-5", "3e-5", "1e-4", "3e-4")      # of DPO's learning rates
 TRIED = LADDER[1:4]                 # always; the others where the best is at an end
@@ -139,17 +141,32 @@ def mean_of(cells, key):
     return sum(values) / len(values)
 
 
+def averages(found):
+    """[(labels, judge, cell)], one of them ALL: the means over all label levels, or over all
+    simulated judges, of each pair that has these cells."""
+    rows = []
+    for labels, judge in [*((labels, ALL) for labels in LABELS), *((ALL, j) for j in JUDGES),
+                          (ALL, ALL)]:
+        cells = [found["cells"].get(f"{x} {y}", {})
+                 for x in (LABELS if labels == ALL else [labels])
+                 for y in (JUDGES if judge == ALL else [judge])]
+        pairs = sorted(set.intersection(*map(set, cells)))
+        cell = {pair: {key: mean_of([{pair: c[pair]} for c in cells], key) for key in COLUMNS}
+                for pair in pairs}
+        rows += [(labels, judge, cell)] * bool(cell)
+    return rows
+
+
 def as_text(found):
     """map.md."""
     rows = []
-    for labels, judge, cell in cells_of(found):
+    for labels, judge, cell in cells_of(found) + averages(found):
         differences = []
         for _, a, b in (*LAST, EQUAL[0], EQUAL[2]):
             mean, half, established = gains(cell, a, b)
             text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
             differences.append(f"**{text}**" if established else text)
-        means = [f"{mean_of([cell], key):.1f}" for key in ("label_accuracy", "sft", "ilr", "dpo",
-                                                         "naive")]
+        means = [f"{mean_of([cell], key):.1f}" for key in COLUMNS[:5]]
         rows.append([labels, judge, len(cell), *means, *differences])
     headings = ["labels", "judge", "pairs", "labels right", "SFT", "ILR", "DPO", "naive",
                 *(name for name, *_ in LAST), "ILR - DPO, equal comparisons",
@@ -158,7 +175,8 @@ def as_text(found):
     return "\n".join([
         "# The map\n", table(headings, rows),
         f"Test accuracy in percent after {ROUNDS} rounds, means over pairs of base models; ± is "
-        "Student's 95% interval over the pairs, bold where it excludes 0. Equal comparisons: DPO's "
+        "Student's 95% interval over the pairs, bold where it excludes 0. all: each pair's mean "
+        "over these cells. Equal comparisons: DPO's "
         "last round that asks for no more comparisons than ILR's last, but at least its first. "
         "weak-A: the checkpoint whose samples come nearest to A demonstrates; noise-S: references, "
         "a share S of them replaced by the weak model's own wrong answers. The judge is simulated "

@@ -170,6 +170,21 @@ def test_a_sign_is_established_where_the_interval_excludes_0():
     assert make_map.gains(cell, "ilr", "dpo") == (3, None, False)       # one pair: never
 
 
+def test_averages_are_of_the_pairs_that_have_all_cells():
+    cell = a_map()["cells"]["weak-0.45 0.8"]
+    found = {"cells": {f"{labels} {judge}": {**cell} for labels in make_map.LABELS
+                       for judge in make_map.JUDGES}}
+    found["cells"]["weak-0.3 0.5"] = {"0": cell["0"], "2": {**cell["2"], "ilr": 91}}
+    rows = {row[:2]: row[2] for row in make_map.averages(found)}
+    assert list(rows) == [*((labels, "all") for labels in make_map.LABELS),
+                          *(("all", judge) for judge in make_map.JUDGES), ("all", "all")]
+    assert [len(c) for c in rows.values()] == [2, 3, 3, 2, 3, 3, 3, 2]
+    # of pair 2: 91 in one of 4 cells, of 3 and of 12, else 67
+    assert rows["weak-0.3", "all"]["2"]["ilr"] == 73 and rows["all", "0.5"]["2"]["ilr"] == 75
+    assert rows["all", "all"]["2"]["ilr"] == 69
+    assert make_map.averages(a_map()) == []
+
+
 def test_the_map_grows_and_needs_no_run_folders(tmp_path, monkeypatch):
     a_cell(tmp_path / "run")
     monkeypatch.setattr(make_map, "make", lambda args, labels, judge, pair: tmp_path / "run")
