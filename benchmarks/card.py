@@ -87,6 +87,16 @@ def records_of(args, stage):
     return records, {"tokens": tokens, "labelled": labelled, "records": len(counted)}, rows
 
 
+def seconds(run):
+    """What run() returns, and how long it takes with what the card then still has to do."""
+    import torch
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = run()
+    torch.cuda.synchronize()
+    return found, time.perf_counter() - start
+
+
 # ---------------------------------------------------------------- checks: each returns numbers
 def ceiling(args):
     """What the card reaches: operations a second in a product, bytes a second in a copy."""
@@ -95,17 +105,11 @@ def ceiling(args):
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     x, y = (torch.randn(m, device="cuda") for _ in range(2))
 
-    def seconds(run):
-        times = []
-        for _ in range(13):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            run()
-            torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-        return statistics.median(times[3:])
-    return {"matrix": 2 * n ** 3 / seconds(lambda: a @ b), "memory": 8 * m / seconds(
-        lambda: y.copy_(x)), "card": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    def median(run):
+        return statistics.median([seconds(run)[1] for _ in range(13)][3:])
+    return {"matrix": 2 * n ** 3 / median(lambda: a @ b),
+            "memory": 8 * m / median(lambda: y.copy_(x)),
+            "card": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
 
 
 def train(args, name, *words):
@@ -193,13 +197,8 @@ def answer(args, side, how):
     with torch.no_grad():
         getattr(sides, side)(how)           # warms up
         settings.new = 8 if args.small else 128
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        found = getattr(sides, side)(how)
-        torch.cuda.synchronize()
-    first = [found[job][:16] for job in sorted(found)[:8]]
-    return {"seconds": time.perf_counter() - start, "tokens": sum(map(len, found.values())),
-            "answers": len(found), "first": first}
+        found, spent = seconds(lambda: getattr(sides, side)(how))
+    return {"seconds": spent, "tokens": sum(map(len, found.values())), "answers": len(found)}
 
 
 def profile(args):
@@ -212,19 +211,15 @@ def profile(args):
     tokenizer, model = open_tokenizer(FOLDERS[POLICY]), open_random(FOLDERS[POLICY])
     prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 252)]
 
-    def seconds(new):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        decode(model, prompts, [tokenizer.eos_token_id], new)
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+    def answers(new):
+        return seconds(lambda: decode(model, prompts, [tokenizer.eos_token_id], new))[1]
 
     def kernels(new):
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:
-            seconds(new)
+            answers(new)
         return {row.key: row.self_device_time_total / 1e6 for row in found.key_averages()}
-    seconds(4)
-    few, many = seconds(4), seconds(36)
+    answers(4)      # warms up
+    few, many = answers(4), answers(36)
     before, after = kernels(4), kernels(36)
     spent = {name: (value - before.get(name, 0)) / 32 for name, value in after.items()}
     return {"token": (many - few) / 32, "busy": sum(spent.values()),
@@ -255,12 +250,8 @@ def judge(args, side):
     run = (release if side == "release" else
            lambda: probabilities(model, questions, packing, model.device))
     with torch.inference_mode():
-        run()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start, "records": len(pairs)}
+        run()       # warms up
+        return {"seconds": seconds(run)[1], "records": len(pairs)}
 
 
 CHECKS = {
