@@ -157,15 +157,34 @@ def averages(found):
     return rows
 
 
+def points(values):
+    """The mean of differences with its interval in words, bold where it excludes 0."""
+    mean, half = mean_interval(values)
+    text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+    return f"**{text}**" if half is not None and abs(mean) > half else text
+
+
+def over_a_coin(found):
+    """Rows of what ILR and DPO gain over themselves with a judge that is a coin."""
+    cells = {(labels, judge): cell for labels, judge, cell in cells_of(found) + averages(found)}
+    coin, rows = JUDGES[0], []
+    for labels in (*LABELS, ALL):
+        for judge in JUDGES[1:]:
+            cell, tossed = cells.get((labels, judge), {}), cells.get((labels, coin), {})
+            gained = {method: [cell[pair][method] - tossed[pair][method] for pair in sorted(cell)
+                               if pair in tossed] for method in ("ilr", "dpo")}
+            if gained["ilr"]:
+                more = [a - b for a, b in zip(*gained.values(), strict=True)]
+                rows.append([labels, judge, len(more), *map(points, (*gained.values(), more))])
+    return rows
+
+
 def as_text(found):
     """map.md."""
     rows = []
     for labels, judge, cell in cells_of(found) + averages(found):
-        differences = []
-        for _, a, b in (*LAST, EQUAL[0], EQUAL[2]):
-            mean, half, established = gains(cell, a, b)
-            text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
-            differences.append(f"**{text}**" if established else text)
+        differences = [points([one[a] - one[b] for one in cell.values()])
+                       for _, a, b in (*LAST, EQUAL[0], EQUAL[2])]
         means = [f"{mean_of([cell], key):.1f}" for key in COLUMNS[:5]]
         rows.append([labels, judge, len(cell), *means, *differences])
     headings = ["labels", "judge", "pairs", "labels right", "SFT", "ILR", "DPO", "naive",
@@ -182,6 +201,9 @@ def as_text(found):
         "a share S of them replaced by the weak model's own wrong answers. The judge is simulated "
         "and right with the stated probability on pairs with one right side, or the one that "
         "run_ilr.sh trains. DPO's learning rate is chosen for each run on validation problems.\n",
+        "What the judge's knowledge adds: accuracy less that of the same method, labels and pair "
+        f"with a judge of {JUDGES[0]}, a coin.\n",
+        table(["labels", "judge", "pairs", "ILR", "DPO", "ILR's less DPO's"], over_a_coin(found)),
         f"{sum(map(len, found['cells'].values()))} runs, {seconds / 3600:.1f} CPU-hours; what a "
         "run takes over from another is counted once.\n", in_words(found["about"])])
 

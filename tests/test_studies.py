@@ -182,6 +182,12 @@ def test_averages_are_of_the_pairs_that_have_all_cells():
     # of pair 2: 91 in one of 4 cells, of 3 and of 12, else 67
     assert rows["weak-0.3", "all"]["2"]["ilr"] == 73 and rows["all", "0.5"]["2"]["ilr"] == 75
     assert rows["all", "all"]["2"]["ilr"] == 69
+    # over a coin: pairs 0 and 2; ILR by 60 - 60 and 67 - 91, DPO by nothing; over all labels by a
+    # third of that
+    rows = {tuple(row[:2]): row[2:] for row in make_map.over_a_coin(found)}
+    assert rows["weak-0.3", "0.8"] == [2, "-12.0 ± 152.5", "+0.0 ± 0.0", "-12.0 ± 152.5"]
+    assert rows["all", "0.8"] == [2, "-4.0 ± 50.8", "+0.0 ± 0.0", "-4.0 ± 50.8"]
+    assert rows["noise-0.2", "0.95"] == [3, *["+0.0 ± 0.0"] * 3] and len(rows) == 12
     assert make_map.averages(a_map()) == []
 
 
