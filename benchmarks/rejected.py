@@ -56,7 +56,7 @@ def usable(task, pairs):
 def accuracy(task, path):
     rows = read_jsonl(path, ("id", "completion", "reference"))
     warm(task, rows)
-    return 100 * mean(task.grade(r) for r in rows)
+    return round(100 * mean(task.grade(r) for r in rows), 2)
 
 
 def of_seed(task, run, bases, seed, rounds, work):
@@ -104,7 +104,7 @@ def main(args):
         rounds = range(1, 1 + int(settings["ROUNDS"]))
         for seed in folders:
             work = Path(args.work).resolve() / below_runs(run).replace("/", "_") / f"seed_{seed}"
-            seeds.append({"run": below_runs(run), "seed": seed, "lr": settings["DPO_LR"],
+            seeds.append({"name": f"{below_runs(run)}, seed {seed}", "lr": settings["DPO_LR"],
                           **of_seed(get_task(name), run, args.bases, seed, rounds, work)})
             print(seeds[-1], file=sys.stderr, flush=True)
     text = page(seeds)
@@ -113,7 +113,7 @@ def main(args):
 
 
 def page(seeds):
-    rows = [[f"{s['run']}, seed {s['seed']}, lr {s['lr']}", f"{s['sft']:.1f}",
+    rows = [[f"{s['name']}, lr {s['lr']}", f"{s['sft']:.1f}",
              *(" ".join(f"{a:.1f}" for a in s[way]) for way in ("run", *WAYS)),
              " ".join(map(str, s["left out"]))] for s in seeds]
     lasts = {way: [s[way][-1] - s["sft"] for s in seeds] for way in ("run", *WAYS)}

@@ -257,7 +257,9 @@ def test_pairs_with_unusable_rejected_answers_are_left_out(tmp_path, monkeypatch
     assert counts == [4, 4, 2, 2]       # what is unusable as chosen, dpo.py itself leaves out
     seeds = [flags["--seed"] for script, flags in asked if script == "compare.py"]
     assert seeds == ["1050", "1050", "50", "50"]
-    assert "| run | +30.0 |" in (tmp_path / "r.md").read_text()
+    text = (tmp_path / "r.md").read_text()
+    assert "run, seed 50, lr 1e-5 | 40.0 | 50.0 70.0 | 60.0 60.0 | 60.0 60.0 | 2 2 |" in text
+    assert "| run | +30.0 |" in text
     with pytest.raises(InputError, match="its judge is not simulated"):
         write_json(tmp_path / "run/config.json", {"settings": {"TASK": "arithmetic"}})
         rejected.main(rejected.parser().parse_args(argv))
