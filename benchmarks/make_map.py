@@ -11,7 +11,8 @@ does not change is taken over from cell to cell. A run that was cut off goes on.
 is complete, its numbers are put into results/map.json, and while they are there it is not made
 again, on any machine. map.md and map.png are made of that file, without run folders.
 
-An interval is Student's over the pairs. A sign is established where it excludes 0.
+An interval is Student's over the pairs. A sign is established where it excludes 0 and is of four
+pairs or more.
 """
 from pathlib import Path
 
@@ -35,6 +36,7 @@ LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
 JUDGES = ("0.5", "0.65", "0.8", "0.95")     # simulated ones, by their accuracy
 TRAINED = "trained"                         # and the one that run_ilr.sh trains
 PAIRS = (0, 1, 2, 3)
+FEWEST = 4                                  # pairs: of two alike, any interval is narrow
 ALL = "all"
 COLUMNS = ("label_accuracy", "sft", "ilr", "dpo", "naive", "dpo_equal")
 FIRST_SEED = 50                     # pair 0 has 50, pair 1 has 51, ...
@@ -118,8 +120,14 @@ def right_on(data, point, seed):
 # ---------------------------------------------------------------- the table
 def gains(cell, a, b):
     """(mean, half width or None, established) of a - b over the pairs of a cell, in points."""
-    mean, half = mean_interval([found[a] - found[b] for found in cell.values()])
-    return mean, half, half is not None and abs(mean) > half
+    values = [found[a] - found[b] for found in cell.values()]
+    return *mean_interval(values), established(values)
+
+
+def established(values):
+    """Whether the sign of the mean of differences is, by the rule above."""
+    mean, half = mean_interval(values)
+    return len(values) >= FEWEST and abs(mean) > half
 
 
 def cells_of(found):
@@ -158,10 +166,10 @@ def averages(found):
 
 
 def points(values):
-    """The mean of differences with its interval in words, bold where it excludes 0."""
+    """The mean of differences with its interval in words, bold where the sign is established."""
     mean, half = mean_interval(values)
     text = f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
-    return f"**{text}**" if half is not None and abs(mean) > half else text
+    return f"**{text}**" if established(values) else text
 
 
 def over_a_coin(found):
@@ -194,9 +202,9 @@ def as_text(found):
     return "\n".join([
         "# The map\n", table(headings, rows),
         f"Test accuracy in percent after {ROUNDS} rounds, means over pairs of base models; ± is "
-        "Student's 95% interval over the pairs, bold where it excludes 0. all: each pair's mean "
-        "over these cells. Equal comparisons: DPO's "
-        "last round that asks for no more comparisons than ILR's last, but at least its first. "
+        "Student's 95% interval over the pairs, bold where it excludes 0 and is of four or more. "
+        "all: each pair's mean over these cells. Equal comparisons: DPO's last round that asks "
+        "for no more comparisons than ILR's last, but at least its first. "
         "weak-A: the checkpoint whose samples come nearest to A demonstrates; noise-S: references, "
         "a share S of them replaced by the weak model's own wrong answers. The judge is simulated "
         "and right with the stated probability on pairs with one right side, or the one that "
@@ -229,9 +237,9 @@ def panel(axes, found, title, a, b, limit):
         if judge == TRAINED:
             continue
         i, j = JUDGES.index(judge), levels.index(labels)
-        mean, _, established = gains(cell, a, b)
+        mean, _, certain = gains(cell, a, b)
         axes.pcolormesh(x[i:i + 2], y[j:j + 2], [[mean]], **colors)
-        if not established:
+        if not certain:
             axes.add_patch(Rectangle((x[i], y[j]), x[i + 1] - x[i], y[j + 1] - y[j], hatch="////",
                                      fill=False, ec="0.45", lw=0))
         axes.text((x[i] + x[i + 1]) / 2, y[j + 1] - 1.5, f"{mean:+.1f}", ha="center", va="top",

@@ -165,11 +165,14 @@ def test_a_sign_is_established_where_the_interval_excludes_0():
     cell = a_map()["cells"]["weak-0.45 0.8"]
     # by hand: 1, 2, 3 have a standard deviation of 1, t(2) = 4.303: 2.484 over sqrt(3)
     assert make_map.gains(cell, "ilr", "dpo") == (2, pytest.approx(2.484, abs=1e-3), False)
-    del cell["0"]
-    cell["1"]["dpo"], cell["1"]["ilr"] = 60, 63         # 3 and 3: no scatter
-    assert make_map.gains(cell, "ilr", "dpo")[2]
-    del cell["1"]
-    assert make_map.gains(cell, "ilr", "dpo") == (3, None, False)       # one pair: never
+    cell["3"] = {**cell["1"]}
+    assert make_map.gains(cell, "ilr", "dpo")[2]        # 2 again: ± 1.3
+    for pair in "01":
+        cell[pair] = {**cell["2"]}
+    del cell["3"]
+    assert make_map.gains(cell, "ilr", "dpo") == (3, 0, False)          # alike, but three
+    del cell["1"], cell["2"]
+    assert make_map.gains(cell, "ilr", "dpo") == (3, None, False)
 
 
 def test_averages_are_of_the_pairs_that_have_all_cells():
