@@ -65,10 +65,11 @@ def make(args, labels, judge, pair):
               *sorted(args.work.glob(f"*/*/pair_{pair}/ilr/report.json"))]
     source = {"FROM": str(others[0].parent)} if others else {}
     if not (at / "ilr/report.json").exists():
-        run(at / "ilr", METHODS="ilr naive", ROUNDS=str(ROUNDS), **cell, **source)
+        run(at / "ilr", EVAL="test", METHODS="ilr naive", ROUNDS=str(ROUNDS), **cell, **source)
     if not (at / "dpo/report.json").exists():
         found, _ = sweep(at, LADDER, TRIED, FROM=str(at / "ilr"), **cell)
-        run(at / "dpo", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=best(found),
+        # a run FROM another has its settings too: of the sweep the validation problems
+        run(at / "dpo", EVAL="test", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=best(found),
             FROM=str(at / f"dpo_lr_{best(found)}"), **cell)
     return at
 
@@ -79,6 +80,9 @@ def numbers(ilr, dpo, seed):
     repairs = collect(ilr)
     runs = {"ilr": repairs, "naive": repairs, "dpo": repairs if dpo == ilr else collect(dpo)}
     last = {m: f"{m}_{ROUNDS}" for m in runs}
+    for data in runs.values():
+        if data["settings"].get("EVAL", "test") != "test":
+            raise InputError(f"{data['run']}: its answers are not to the test problems")
     for m, data in runs.items():
         for point in ("sft", last[m]):
             if seed not in data["tests"].get(point, {}):

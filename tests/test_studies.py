@@ -2,7 +2,6 @@
 import json
 import os
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -10,7 +9,6 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import headline  # noqa: E402
 import make_map  # noqa: E402
-import rejected  # noqa: E402
 
 from core.records import InputError, write_json, write_jsonl  # noqa: E402
 
@@ -106,6 +104,11 @@ def test_the_numbers_of_a_cell(tmp_path, first, expected):
     assert found["commit"] == "abcdef0" and make_map.cpu_seconds(tmp_path) == 4
     with pytest.raises(InputError, match="ilr: seed 51 has no graded answers of sft"):
         make_map.numbers(tmp_path / "ilr", tmp_path / "dpo", 51)
+    config = json.loads((tmp_path / "dpo/config.json").read_text())
+    config["settings"]["EVAL"] = "validation"       # as a run FROM a sweep has it, if not told
+    write_json(tmp_path / "dpo/config.json", config)
+    with pytest.raises(InputError, match="dpo: its answers are not to the test problems"):
+        make_map.numbers(tmp_path / "ilr", tmp_path / "dpo", 50)
 
 
 def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
@@ -116,7 +119,7 @@ def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
         write_json(out / "report.json", {"tests": {
             "sft": {"50": [0.5]}, "dpo_3": {"50": [float(settings.get("DPO_LR") == "3e-5")]}}})
         made.append((out.relative_to(tmp_path).as_posix(), settings["METHODS"],
-                     settings.get("EVAL", "test"), settings.get("DPO_LR"),
+                     settings["EVAL"], settings.get("DPO_LR"),
                      settings.get("FROM", "").removeprefix(f"{tmp_path}/")))
     for module in (headline, make_map):
         monkeypatch.setattr(module, "run", run)
@@ -215,54 +218,3 @@ def test_the_map_grows_and_needs_no_run_folders(tmp_path, monkeypatch):
     before = (tmp_path / "map.json").read_bytes()
     make_map.main(make_map.parser().parse_args(["--draw", "--out", str(tmp_path / "map")]))
     assert (tmp_path / "map.json").read_bytes() == before
-
-
-# ---------------------------------------------------------------- rejected answers
-def test_pairs_with_unusable_rejected_answers_are_left_out(tmp_path, monkeypatch):
-    good, bad = "1+1=2\n#### 2", "1+1="
-    at = tmp_path / "run/seed_50"
-    write_json(tmp_path / "run/config.json", {"settings": {
-        "TASK": "arithmetic", "JUDGE": "simulated", "ROUNDS": "2", "DPO_LR": "1e-5"}})
-
-    def answers(path, right):
-        write_jsonl(path, [{"id": i, "prompt": "", "completion": good,
-                            "reference": "2" if i < right else "3"} for i in range(10)])
-    for point, right in {"sft": 4, "dpo_1": 5, "dpo_2": 7}.items():
-        answers(at / point / "eval_1.jsonl", right)
-    asked = []
-
-    def words(run, bases, seed, stage):
-        return ["--model", "m", "--data", "d", "--a", "a", "--comparisons", "c", "--seed", "50",
-                "--out", "o"]
-
-    def start(argv, **options):
-        script, flags = argv[1].name, dict(zip(argv[2::2], argv[3::2], strict=True))
-        asked.append((script, flags))
-        out = rejected.Path(flags["--out"])
-        if script == "refine.py":
-            sides = [(good, good, {}), (good, bad, {}), (bad, good, {}),
-                     (good, good, {"rejected_truncated": True})]
-            write_jsonl(out, [{"id": i, "pair": 0, "prompt": "", "chosen": c, "rejected": r, **more}
-                              for i, (c, r, more) in enumerate(sides)])
-        elif script == "generate.py":
-            answers(out, 6)
-        return SimpleNamespace(returncode=0)
-    monkeypatch.setattr(rejected.precision, "words", words)
-    monkeypatch.setattr(rejected, "subprocess", SimpleNamespace(run=start, DEVNULL=None))
-    monkeypatch.setattr(sys, "argv", ["rejected.py"])
-    argv = [str(tmp_path / "run"), "--work", str(tmp_path / "w"), "--out", str(tmp_path / "r")]
-    rejected.main(rejected.parser().parse_args(argv))
-    (found,) = json.loads((tmp_path / "r.json").read_text())["seeds"]
-    assert (found["sft"], found["run"], found["again"]) == (40, [50, 70], [60, 60])
-    assert found["usable"] == [60, 60] and found["left out"] == [2, 2]
-    trained = [flags["--data"] for script, flags in asked if script == "dpo.py"]
-    counts = [len(rejected.read_jsonl(path, ("chosen",), ("id",))) for path in trained]
-    assert counts == [4, 4, 2, 2]       # what is unusable as chosen, dpo.py itself leaves out
-    seeds = [flags["--seed"] for script, flags in asked if script == "compare.py"]
-    assert seeds == ["1050", "1050", "50", "50"]
-    text = (tmp_path / "r.md").read_text()
-    assert "run, seed 50, lr 1e-5 | 40.0 | 50.0 70.0 | 60.0 60.0 | 60.0 60.0 | 2 2 |" in text
-    assert "| run | +30.0 |" in text
-    with pytest.raises(InputError, match="its judge is not simulated"):
-        write_json(tmp_path / "run/config.json", {"settings": {"TASK": "arithmetic"}})
-        rejected.main(rejected.parser().parse_args(argv))
