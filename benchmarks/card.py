@@ -5,8 +5,8 @@
 Random weights of the shapes of Mistral-7B-v0.1 and gemma-2b, drawn on the card in bf16, and real
 GSM8K texts, by a tokenizer of 8,192 tokens that is trained on them. The main functions of sft.py
 and dpo.py run as they are, but neither read nor write weights. Each check has a process of its own;
-one that fails or takes longer than --seconds says so in its row. TRL and generate_batch are left
-out where they are not installed.
+one that fails, as TRL's where it is not installed, or takes longer than --seconds says so in its
+row.
 
 Share: floating-point operations that the layers and the head need at least (without attention, and
 without what checkpointing computes again), of those that an 8192 x 8192 product in bf16 reaches on

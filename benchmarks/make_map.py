@@ -33,8 +33,12 @@ from report.tables import table
 LABELS = {"weak-0.3": {"WEAK_ACCURACY": "0.3"},
           "weak-0.45": {"WEAK_ACCURACY": "0.45"},
           "noise-0.2": {"LABEL_NOISE": "0.2", "FLIP_KIND": "systematic"}}
+# what a cell has if it does not say otherwise; given to every run, because a run FROM another has
+# that run's settings, not the preset's
+PLAIN = {"WEAK_ACCURACY": "0.45", "LABEL_NOISE": "", "FLIP_KIND": "symmetric", "JUDGE": "trained",
+         "JUDGE_ACCURACY": "0.8"}
 JUDGES = ("0.5", "0.65", "0.8", "0.95")     # simulated ones, by their accuracy
-TRAINED = "trained"                         # and the one that run_ilr.sh trains
+TRAINED = PLAIN["JUDGE"]                    # and the one that run_ilr.sh trains
 PAIRS = (0, 1, 2, 3)
 FEWEST = 4                                  # pairs: of two alike, any interval is narrow
 ALL = "all"
@@ -56,7 +60,7 @@ def make(args, labels, judge, pair):
     """The runs of a cell and pair; returns their folder. ilr/ has ILR and naive ILR; dpo_lr_RATE/
     DPO on validation problems; dpo/ DPO on test problems, its models taken over from the best."""
     at = args.work / labels / f"judge-{judge}" / f"pair_{pair}"
-    cell = {"DECODING": DECODING, **LABELS[labels], "BASE_SEED": str(pair),
+    cell = {**PLAIN, **LABELS[labels], "DECODING": DECODING, "BASE_SEED": str(pair),
             "SEEDS": str(FIRST_SEED + pair)}
     if judge != TRAINED:
         cell.update(JUDGE="simulated", JUDGE_ACCURACY=judge)
@@ -68,7 +72,6 @@ def make(args, labels, judge, pair):
         run(at / "ilr", EVAL="test", METHODS="ilr naive", ROUNDS=str(ROUNDS), **cell, **source)
     if not (at / "dpo/report.json").exists():
         found, _ = sweep(at, LADDER, TRIED, FROM=str(at / "ilr"), **cell)
-        # a run FROM another has its settings too: of the sweep the validation problems
         run(at / "dpo", EVAL="test", METHODS="dpo", ROUNDS=str(ROUNDS), DPO_LR=best(found),
             FROM=str(at / f"dpo_lr_{best(found)}"), **cell)
     return at

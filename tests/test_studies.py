@@ -112,10 +112,11 @@ def test_the_numbers_of_a_cell(tmp_path, first, expected):
 
 
 def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
-    made, judges = [], []
+    made, judges, labels = [], [], []
 
     def run(out, **settings):
-        judges.append(settings.get("JUDGE_ACCURACY", settings.get("JUDGE")))
+        judges.append((settings["JUDGE"], settings["JUDGE_ACCURACY"]))
+        labels.append((settings["WEAK_ACCURACY"], settings["LABEL_NOISE"], settings["FLIP_KIND"]))
         write_json(out / "report.json", {"tests": {
             "sft": {"50": [0.5]}, "dpo_3": {"50": [float(settings.get("DPO_LR") == "3e-5")]}}})
         made.append((out.relative_to(tmp_path).as_posix(), settings["METHODS"],
@@ -134,12 +135,23 @@ def test_a_cell_takes_over_what_another_has(tmp_path, monkeypatch):
     made.clear()
     make_map.make(args, "weak-0.3", "0.5", 0)
     assert made == []           # complete
-    assert judges == ["0.5"] * 5
+    assert judges == [("simulated", "0.5")] * 5
     make_map.make(args, "weak-0.45", "0.8", 0)
     assert made[0][-1] == f"{at}/ilr" and made[1][-1] == "weak-0.45/judge-0.8/pair_0/ilr"
     judges.clear()
     make_map.make(args, "weak-0.45", "trained", 0)
-    assert judges == [None] * 5         # run_ilr.sh's default is the trained one
+    # nothing of the runs that they are FROM: neither the judge nor the labels
+    assert judges == [("trained", "0.8")] * 5
+    make_map.make(args, "noise-0.2", "0.5", 0)
+    make_map.make(args, "weak-0.3", "0.65", 0)
+    assert labels[-10::5] == [("0.45", "0.2", "systematic"), ("0.3", "", "symmetric")]
+
+
+def test_what_cells_do_not_say_is_the_presets():
+    text = "".join((ROOT / f"presets/{name}.sh").read_text() for name in ("arithmetic", "generic"))
+    for name, value in make_map.PLAIN.items():
+        assert text[text.index(f"{name}=${{{name}:-"):].startswith(f"{name}=${{{name}:-{value}}}")
+    assert {name for cell in make_map.LABELS.values() for name in cell} <= {*make_map.PLAIN}
 
 
 def test_what_the_file_has_is_not_made_again(tmp_path, monkeypatch):
