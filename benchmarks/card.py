@@ -183,17 +183,22 @@ def trl(args, name, micro):
             "backward": 2}
 
 
+def policy():
+    """(model, its EOS, the token ids of 252 prompts, the longest first)"""
+    from core.tokens import encode_prompt, open_tokenizer
+    tokenizer = open_tokenizer(FOLDERS[POLICY])
+    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 252)]
+    return (open_random(FOLDERS[POLICY]), tokenizer.eos_token_id,
+            sorted(prompts, key=len, reverse=True))
+
+
 def answer(args, side, how):
     """Tokens of answers: all are as long as they may be, since random weights write no EOS."""
     import torch
     from generate_vs_transformers import Sides
-
-    from core.tokens import encode_prompt, open_tokenizer
-    tokenizer, model = open_tokenizer(FOLDERS[POLICY]), open_random(FOLDERS[POLICY])
-    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 252)]
-    prompts.sort(key=lambda p: -len(p))
+    model, eos, prompts = policy()
     settings = argparse.Namespace(batch_size=252, every=6, new=4, blocks=512, batch_tokens=1024)
-    sides = Sides(model, tokenizer.eos_token_id, prompts, settings)
+    sides = Sides(model, eos, prompts, settings)
     with torch.no_grad():
         getattr(sides, side)(how)           # warms up
         settings.new = 8 if args.small else 128
@@ -207,12 +212,10 @@ def profile(args):
     from torch.profiler import ProfilerActivity
 
     from core.decoding import decode
-    from core.tokens import encode_prompt, open_tokenizer
-    tokenizer, model = open_tokenizer(FOLDERS[POLICY]), open_random(FOLDERS[POLICY])
-    prompts = [encode_prompt(tokenizer, r["prompt"]) for r in problems("test", 252)]
+    model, eos, prompts = policy()
 
     def answers(new):
-        return seconds(lambda: decode(model, prompts, [tokenizer.eos_token_id], new))[1]
+        return seconds(lambda: decode(model, prompts, [eos], new))[1]
 
     def kernels(new):
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as found:

@@ -250,7 +250,7 @@ def panel(axes, found, title, a, b, limit):
             axes.add_patch(Rectangle((x[i], y[j]), x[i + 1] - x[i], y[j + 1] - y[j], hatch="////",
                                      fill=False, ec="0.45", lw=0))
         axes.text((x[i] + x[i + 1]) / 2, y[j + 1] - 1.5, f"{mean:+.1f}", ha="center", va="top",
-                  fontsize=10, bbox={"fc": "white", "ec": "none", "pad": 1.2})
+                  fontsize=10, zorder=6, bbox={"fc": "white", "ec": "none", "pad": 1.2})
     for marker, shown in trained_seeds(found).items():
         axes.scatter([t["judge_ilr"] for t in shown], [t["label_accuracy"] for t in shown],
                      c=[t[a] - t[b] for t in shown], marker=marker, ec="black", s=42, zorder=5,
